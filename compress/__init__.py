@@ -1,0 +1,23 @@
+"""Post-training compression of Hugging Face transformers: a checkpoint and a budget in, a verified smaller model out.
+
+    import compress
+    report = compress.run("Qwen/Qwen3-0.6B", recipe="w4-gptq", calibration="wikitext2", output="out")
+    model = compress.load("out")
+"""
+
+from pathlib import Path
+
+# In a bare checkout or an editable install kernels/, calibration/, eval/ and recipes/ lie beside this folder, not in it (see pyproject.toml).
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from . import hf as _hf  # noqa: E402,F401  registers the quantizer, so that AutoModelForCausalLM.from_pretrained(artifact) works
+from .api import Report, evaluate, inspect, load, plan, run, verify  # noqa: E402
+from .errors import CompressError  # noqa: E402
+from .recipe import Recipe, Step  # noqa: E402
+from .version import __version__  # noqa: E402
+
+# The fifth verb shares its name with the folder eval/, whose modules are imported by now: `from compress.eval.compare import compare` still works.
+eval = evaluate
+
+__all__ = ["CompressError", "Recipe", "Report", "Step", "__version__", "eval", "evaluate", "inspect", "load", "plan", "run", "verify"]

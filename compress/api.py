@@ -1,0 +1,319 @@
+"""The verbs, for notebooks and scripts: plan, run, evaluate, inspect, verify, load. The command line calls these and prints what they return."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from . import artifact, preflight, progress, verification
+from . import recipe as _recipe
+from .artifact import MANIFEST, PROBE, Manifest, Writer, read_manifest
+from .calibration.data import CalibrationSet, load_calibration
+from .checkpoint import Checkpoint, read_headers, resolve
+from .errors import CompressError
+from .eval import compare as _compare
+from .eval import speed as _speed
+from .linear import CompressedLinear
+from .preflight import Plan
+from .stream import Stream
+from .verification import Verification
+from .version import __version__
+from .walk import Done, copy_outer, walk
+
+BATCH_TOKENS = 4096  # tokens of one forward during calibration: fixed, because the order of summation is part of the result
+PROBE_TOKENS, PROBE_KEPT = 32, 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run made. `manifest` is compress.json; everything else is about this run on this machine."""
+
+    path: str
+    manifest: Manifest
+    seconds: float
+    resumed_layers: int
+    peak_rss: int  # bytes, this process
+
+    @property
+    def fallbacks(self) -> list[artifact.Fallback]:
+        return self.manifest.fallbacks
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "seconds": self.seconds, "resumed_layers": self.resumed_layers, "peak_rss": self.peak_rss,
+                "totals": self.manifest.totals, "fallbacks": [f.model_dump() for f in self.fallbacks]}  # fmt: skip
+
+    def __str__(self) -> str:
+        t = self.manifest.totals
+        return (f"{self.path}: {t['source_bytes'] / 1e6:.1f} MB → {t['bytes'] / 1e6:.1f} MB, {t['linear_bits']:.2f} bits per compressed weight "
+                f"({t['model_bits']:.2f} over the whole model), {self.seconds:.1f} s, {sum(f.count for f in self.fallbacks)} fallbacks")  # fmt: skip
+
+
+def plan(model: str, recipe: str | dict | _recipe.Recipe = "w4-gptq", *, settings: list[str] | dict | None = None, samples: int = 128,
+         seqlen: int = 512, dtype: str = "auto", trust_remote_code: bool = False) -> Plan:  # fmt: skip
+    """What `run` would make and cost: bytes (exact), RAM and time (estimates), layer by layer. Reads headers only."""
+    chosen = _recipe.load(recipe).with_options(settings or [])
+    source = Checkpoint(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code)
+    return preflight.make(source, chosen, samples=samples, seqlen=seqlen)
+
+
+def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", calibration: str | CalibrationSet = "stdlib", output: str | Path = "out", *,
+        settings: list[str] | dict | None = None, samples: int = 128, seqlen: int = 512, seed: int = 0, pack: bool = True,
+        chat_template: bool = False, device: str = "auto", dtype: str = "auto", strict: bool = False, overwrite: bool = False,
+        trust_remote_code: bool = False, show: bool = True) -> Report:  # fmt: skip
+    """Compress a checkpoint into an artifact folder.
+
+    model: folder or hub id. recipe: name, YAML path, dict or Recipe; settings: {"gptq.bits": 3} or ["gptq.bits=3"] on top of it.
+    calibration: a SPEC (see calibration/data.py) or a CalibrationSet; read only where a method needs statistics. device: auto, cpu, cuda.
+    dtype: what the blocks compute in (auto: the checkpoint's own where the device is fast at it, else float32). strict: any fallback raises.
+    An interrupted run is continued by the same call; a folder that holds another run is refused unless overwrite=True.
+    Raises CompressError, one line with a way out, on bad input.
+    """
+    started = time.perf_counter()
+    chosen = _recipe.load(recipe).with_options(settings or [])
+    device = _device(device)
+    source = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
+    planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)  # refuses bad group sizes before anything is written
+    fallbacks = [{"what": "pattern matches nothing", "where": p, "count": 1, "detail": "no linear of this model has such a path"}
+                 for p in preflight.unmatched(chosen, planned.layers)]  # fmt: skip
+    needs = any(chosen.step_for(layer.name).build().needs for layer in planned.layers if layer.method)
+    data = None
+    if needs:
+        data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
+            calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template,
+            model=_whole(source) if calibration == "self" else None)  # fmt: skip
+        fallbacks += data.fallbacks
+    _strict(strict, fallbacks)
+    identity = {"source": source.digest(), "recipe": chosen.model_dump(mode="json"), "calibration": data and data.record, "seed": seed,
+                "dtype": str(source.dtype)[6:], "device": torch.device(device).type, "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
+    folder = Path(output)
+    writer = Writer(folder, identity, overwrite=overwrite)
+    try:
+        if writer.complete:
+            return Report(str(folder), read_manifest(folder), time.perf_counter() - started, len(planned.layers), _peak_rss())
+        _room(folder, planned.disk)
+        batch = max(1, BATCH_TOKENS // (data.tokens.shape[1] if data else seqlen))
+        generator = torch.Generator().manual_seed(seed)
+        probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
+        stream = Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if data else None
+        headers: dict[str, dict] = {}
+        copy_outer(source, writer, headers)
+        resumed = 0
+        compressed = [layer for layer in planned.layers if layer.method]
+        with progress.Layers(len(compressed), show) as screen, _log(folder) as log:
+            for done in walk(source, chosen, writer, stream, probe, headers):
+                resumed += done.resumed
+                screen.layer(done)
+                log(done)
+                if strict:
+                    _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
+        headers[PROBE.removesuffix(".safetensors")] = writer.commit(PROBE.removesuffix(".safetensors"), {
+            "tokens": probe.tokens, "logits": next(probe.logits())[:, -PROBE_KEPT:].float()}, {}, fallbacks)  # fmt: skip
+        _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
+        manifest = writer.finish(headers, source.path, source.blocks_path, _totals(headers, source, planned), __version__)
+    finally:
+        writer.close()
+    return Report(str(folder), manifest, time.perf_counter() - started, resumed, _peak_rss())
+
+
+def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
+         memory: Literal["keep", "bounded"] = "keep") -> nn.Module:  # fmt: skip
+    """A Hugging Face model from an artifact (or a plain checkpoint), ready for generate().
+
+    policy "auto" multiplies by the fastest kernel measured on this machine, "dense" by the dequantized weight in a fixed order.
+    memory "keep" lets a layer keep a dense copy where that is fastest, "bounded" never does.
+    """
+    model = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto").to(_device(device)).eval()
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            module.policy, module.memory = policy, memory
+    return model
+
+
+def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet = "stdlib", *, samples: int | None = None, seqlen: int | None = 512,
+             seed: int = 0, device: str = "auto", dtype: str = "float32", speed: bool = False, show: bool = True) -> dict[str, Any]:  # fmt: skip
+    """Perplexity (token and word), KL(reference ‖ compressed), top-1 agreement, each with a standard error; size; speed where asked.
+
+    Both models see the same windows in the same pass, in `dtype` arithmetic with dequantized weights. samples=None: all of the text.
+    The keys are those of eval/compare.py plus bits_per_weight, bytes, setup and, with speed=True, speed and reference.speed.
+    """
+    device = _device(device)
+    torch_dtype = None if dtype == "auto" else _named(dtype)
+    folder = resolve(path)
+    source = resolve(reference) if reference else None
+    text = data if isinstance(data, CalibrationSet) else load_calibration(
+        data, _tokenizer(source or folder), samples=samples, seqlen=seqlen or 512, seed=seed, split="evaluation",
+        model=load(str(source or folder), device=device) if data == "self" else None)  # fmt: skip
+    models = [load(str(p), dtype=torch_dtype, device=device, policy="dense") for p in (folder, source) if p is not None]
+    if (a := models[0].get_input_embeddings().num_embeddings) != (b := models[-1].get_input_embeddings().num_embeddings):
+        raise CompressError(f"{path} has a vocabulary of {a}, {reference} of {b}: not a compressed version of it")
+    streams = [progress.batches(_compare.logits_of(m, text), len(text.tokens), show and m is models[0]) for m in models]
+    result = _compare.compare(streams[0], streams[1] if source else None, text)
+    result |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(folder), strict=True)), "bytes": weight_bytes(folder),
+               "fallbacks": text.fallbacks, "data": text.record,
+               "setup": {"dtype": dtype, "device": device, "torch": torch.__version__, "compress": __version__, "machine": platform.machine()}}  # fmt: skip
+    if source:
+        result["reference"] |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(source), strict=True)), "bytes": weight_bytes(source)}
+    if speed:
+        del models, streams
+        timing = None if dtype == "auto" else dtype
+        result["speed"] = _speed.measure(str(folder), dtype=timing, device=device)
+        if source:
+            result["reference"]["speed"] = _speed.measure(str(source), dtype=timing, device=device)
+    return result
+
+
+def inspect(path: str) -> Manifest:
+    """The manifest of an artifact: layers with format, bits, bytes and error; fallbacks; provenance."""
+    return read_manifest(resolve(path, weights=False))
+
+
+def verify(path: str) -> Verification:
+    """Check an artifact in this process; `compress verify` is the same in a fresh one."""
+    return verification.verify(resolve(path))
+
+
+# ---- small print
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise CompressError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise CompressError(f"device {device!r}: no CUDA device is visible to torch {torch.__version__}; use --device cpu")
+    return device
+
+
+def _named(dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise CompressError(f"unknown dtype {dtype!r}{_recipe.nearest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _dtype(dtype: str, model: str, device: str) -> torch.dtype | None:
+    """auto: the checkpoint's own precision where the device computes in it at speed, else float32. Never below what is stored."""
+    if dtype != "auto":
+        return _named(dtype)
+    stored = max((e.dtype for e in read_headers(resolve(model)).values() if e.dtype.is_floating_point), key=lambda d: d.itemsize, default=torch.float32)
+    if torch.device(device).type != "cpu":
+        return stored
+    fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return stored if stored == torch.bfloat16 and fast_bf16 else torch.float32
+
+
+def _whole(source: Checkpoint) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=source.trust_remote_code).eval()
+
+
+def _vocabulary(source: Checkpoint) -> int:
+    return source.model.get_input_embeddings().num_embeddings
+
+
+def _tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _strict(strict: bool, fallbacks: list[dict]) -> None:
+    if strict and fallbacks:
+        first = fallbacks[0]
+        raise CompressError(f"--strict: {first['what']} at {first['where']} ({first['detail']})"
+                            + (f" and {len(fallbacks) - 1} more" if len(fallbacks) > 1 else "") + "; finished blocks are kept: "
+                            "run again without --strict to accept it")  # fmt: skip
+
+
+def _room(folder: Path, need: int) -> None:
+    have = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+    if have < need:
+        raise CompressError(f"{folder}: the artifact takes {need / 1e9:.2f} GB, {have / 1e9:.2f} GB are free; make room or choose another -o")
+
+
+def _totals(headers: dict[str, dict], source: Checkpoint, planned: Plan) -> dict[str, float]:
+    layers = [r for h in headers.values() for r in h["layers"].values()]
+    stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize
+                 for h in headers.values() for t in h["tensors"].values() if t["shard"] != PROBE)  # fmt: skip
+    linear_parameters, linear_bytes = sum(r["parameters"] for r in layers), sum(r["bytes"] for r in layers)
+    return {"parameters": planned.parameters, "linear_parameters": linear_parameters, "bytes": stored, "linear_bytes": linear_bytes,
+            "source_bytes": planned.bytes_before, "linear_bits": 8 * linear_bytes / linear_parameters if layers else 0.0,
+            "model_bits": 8 * stored / planned.parameters, "planned_bytes": planned.bytes_after}  # fmt: skip
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of all weight tensors of a model folder."""
+    if (folder / MANIFEST).is_file():
+        return int(read_manifest(folder).totals["bytes"])
+    return sum(e.nbytes for e in read_headers(folder).values())
+
+
+def _bits(folder: Path) -> tuple[float, float]:
+    """Bits per weight of the linears and of the whole model."""
+    if (folder / MANIFEST).is_file():
+        totals = read_manifest(folder).totals
+        return totals["linear_bits"], totals["model_bits"]
+    entries = read_headers(folder).values()
+    bits = 8 * sum(e.nbytes for e in entries) / sum(torch.Size(e.shape).numel() for e in entries)
+    return bits, bits
+
+
+def _peak_rss() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _log:
+    """Seconds a layer, appended to OUT.log.jsonl beside the artifact: the artifact itself holds nothing that differs between two runs."""
+
+    def __init__(self, folder: Path):
+        self.path = log_path(folder)
+
+    def __enter__(self):
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._write({"event": "start", "time": time.time(), "command": sys.argv, "machine": platform.platform(), "cpus": os.cpu_count(),
+                     "torch": torch.__version__, "compress": __version__})  # fmt: skip
+        return self
+
+    def _write(self, entry: dict) -> None:
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+
+    def __call__(self, done: Done) -> None:
+        if not done.resumed:
+            self._write({"event": "layer", "name": done.name, "seconds": round(done.seconds, 4), "error": done.record.error})
+
+    def __exit__(self, kind, *_):
+        self._write({"event": "end", "time": time.time(), "peak_rss": _peak_rss(), "error": kind.__name__ if kind else None})
+        self.file.close()
+
+
+def log_path(folder: Path) -> Path:
+    return folder.parent / f"{folder.name}.log.jsonl"
+
+
+def seconds_by_layer(folder: Path) -> dict[str, float]:
+    """Seconds that each layer took, from the log beside an artifact; empty where the log was not kept."""
+    if not log_path(folder).is_file():
+        return {}
+    entries = (json.loads(line) for line in log_path(folder).read_text().splitlines() if line.endswith("}"))
+    return {e["name"]: e["seconds"] for e in entries if e["event"] == "layer"}
+

@@ -1,0 +1,265 @@
+"""Artifact: a self-describing folder. Shards of safetensors, a Hugging Face config.json, and compress.json, the manifest.
+
+    block-00000.safetensors …   one a block; outer-00000.safetensors … what lies outside the blocks
+    model.safetensors.index.json, config.json, tokenizer and generation files, as transformers expects them
+    probe.safetensors           a few tokens and the logits that the compressed model gave in memory: `verify` compares
+    compress.json               formats, errors, fallbacks, provenance, SHA-256 of every tensor; written last: its presence means complete
+
+Each shard carries its own record in its header, so ONE rename commits a block. While a run is under way compress.partial.json says which run
+the folder belongs to. Nothing that depends on the clock or the machine's load is written here: two runs give identical bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CompressError
+
+MANIFEST, PARTIAL, PROBE, INDEX = "compress.json", "compress.partial.json", "probe.safetensors", "model.safetensors.index.json"
+FORMAT_VERSION = 1
+OURS = re.compile(r"(block|outer)-\d{5}\.safetensors|probe\.safetensors|compress(\.partial)?\.json|model\.safetensors\.index\.json|.*\.tmp")
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class LayerRecord(Record):
+    """One compressed linear. `tensors` names its stored tensors without the module path; `format` rebuilds it from them."""
+
+    method: str
+    options: dict[str, Any]
+    format: dict[str, Any]
+    describe: str
+    tensors: list[str]
+    bits: float  # per weight, scales and padding included
+    bytes: int
+    planned_bytes: int
+    parameters: int
+    error: float  # tr[(Ŵ−W)H(Ŵ−W)ᵀ]/tr[WHWᵀ]; with no calibration H is the identity
+    error_norm: str  # "hessian" or "identity"
+    tokens: int  # calibration tokens that reached it
+
+
+class TensorRecord(Record):
+    shard: str
+    dtype: str
+    shape: list[int]
+    sha256: str
+
+
+class Fallback(Record):
+    what: str
+    where: str
+    count: int = 1
+    detail: str = ""
+
+
+class Manifest(Record):
+    format_version: int
+    compress: str  # version of this package
+    run: dict[str, Any]  # what identifies the run: source digests, recipe, calibration, dtype, seed
+    blocks: str  # module path of the list of blocks
+    layers: dict[str, LayerRecord]
+    tensors: dict[str, TensorRecord]
+    fallbacks: list[Fallback]
+    totals: dict[str, float]
+
+
+def sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes as they lie in a safetensors file."""
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() if tensor.numel() else hashlib.sha256().hexdigest()
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Where two JSON values differ, as `recipe.steps.0.bits: 4 → 3`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [d for k in {**old, **new} for d in differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{at}.{i}")]
+    return [] if old == new else [f"{at}: {json.dumps(old)} → {json.dumps(new)}"]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomic and durable: a reader sees the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with _disk(path.parent), open(temporary, "w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _disk(folder: Path):
+    """Writing errors as one line; finished shards stay where they are."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "No space" in str(error)
+        if not full and isinstance(error, OSError) and error.errno is None:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise CompressError(f"{folder}: cannot write: {'the disk is full' if full else error} ({free / 1e9:.2f} GB free); "
+                            "finished blocks are kept: make room and run the same command again") from error  # fmt: skip
+
+
+class Writer:
+    """The folder of a run under way. Refuses a folder that belongs to another run; knows which shards are complete."""
+
+    def __init__(self, folder: Path, run: dict[str, Any], *, overwrite: bool = False):
+        self.folder, self.run = folder, json.loads(json.dumps(run))
+        self.fingerprint = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CompressError(f"{folder}: cannot be made: {error.strerror}") from error
+        self._lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CompressError(f"{folder}: another compress run is writing here; wait for it or choose another folder") from error
+        self.complete = self._claim(overwrite)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def _claim(self, overwrite: bool) -> bool:
+        found = next((self.folder / name for name in (MANIFEST, PARTIAL) if (self.folder / name).is_file()), None)
+        if found is None and any(self.folder.iterdir()):
+            raise CompressError(f"{self.folder}: holds files but no compress run; choose an empty or new folder")
+        if found is not None and overwrite:
+            for file in self.folder.iterdir():
+                if file.is_file():
+                    file.unlink()
+            found = None
+        if found is not None:
+            try:
+                old = json.loads(found.read_text())["run"]
+            except (ValueError, KeyError) as error:
+                raise CompressError(f"{found}: damaged ({error}); start over with --overwrite") from error
+            if changed := differences(old, self.run):
+                raise CompressError(f"{self.folder}: holds another run, which differs in {'; '.join(changed[:4])}"
+                                    f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}; use --overwrite or another -o")  # fmt: skip
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
+            return found.name == MANIFEST
+        write_json(self.folder / PARTIAL, {"run": self.run})
+        return False
+
+    def header(self, shard: str) -> dict[str, Any] | None:
+        """The record of a complete shard of this run whose every tensor has the hash it was written with, else None."""
+        file = self.folder / f"{shard}.safetensors"
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, framework="pt") as f:
+                header = json.loads((f.metadata() or {}).get("compress", "{}"))
+                if header.get("fingerprint") != self.fingerprint:
+                    return None
+                if set(header["tensors"]) != set(f.keys()) or any(sha256(f.get_tensor(n)) != t["sha256"] for n, t in header["tensors"].items()):
+                    return None
+        except (SafetensorError, ValueError, KeyError):
+            return None
+        return header
+
+    def read(self, shard: str) -> dict[str, Tensor]:
+        with safe_open(self.folder / f"{shard}.safetensors", framework="pt") as f:
+            return {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
+
+    def commit(self, shard: str, tensors: dict[str, Tensor], layers: dict[str, LayerRecord], fallbacks: list[dict]) -> dict[str, Any]:
+        """Write a shard under a temporary name, sync it, rename it: the one commit point. Returns its header."""
+        file = f"{shard}.safetensors"
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        records = {name: TensorRecord(shard=file, dtype=str(t.dtype)[6:], shape=list(t.shape), sha256=sha256(t)).model_dump()
+                   for name, t in sorted(tensors.items())}  # fmt: skip
+        header = {"fingerprint": self.fingerprint, "layers": {n: r.model_dump() for n, r in layers.items()}, "tensors": records, "fallbacks": fallbacks}
+        temporary = self.folder / f"{file}.tmp"
+        with _disk(self.folder):
+            # one metadata key only: safetensors writes several in no fixed order
+            save_file(tensors, temporary, metadata={"compress": json.dumps(header, sort_keys=True)})
+            temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+            _sync(temporary)
+            os.replace(temporary, self.folder / file)
+            _sync(self.folder)
+        return header
+
+    def finish(self, headers: dict[str, dict], source: Path, blocks: str, totals: dict[str, float], version: str) -> Manifest:
+        """Everything beside the shards, the manifest last."""
+        config = json.loads((source / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "compress", "format_version": FORMAT_VERSION, "manifest": MANIFEST}
+        weights = {name: t for shard, h in headers.items() if f"{shard}.safetensors" != PROBE for name, t in h["tensors"].items()}
+        stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize for t in weights.values())
+        for file in companions(source):
+            with _disk(self.folder):
+                shutil.copyfile(file, self.folder / file.name)
+        write_json(self.folder / "config.json", config)
+        write_json(self.folder / INDEX, {"metadata": {"total_size": stored}, "weight_map": {n: t["shard"] for n, t in sorted(weights.items())}})
+        fallbacks: dict[tuple, Fallback] = {}
+        for entry in (f for h in headers.values() for f in h["fallbacks"]):
+            entry = Fallback(**entry)
+            merged = fallbacks.setdefault((entry.what, entry.where, entry.detail), entry.model_copy(update={"count": 0}))
+            merged.count += entry.count
+        manifest = Manifest(format_version=FORMAT_VERSION, compress=version, run=self.run, blocks=blocks,
+                            layers={n: r for h in headers.values() for n, r in h["layers"].items()},
+                            tensors={n: t for h in headers.values() for n, t in h["tensors"].items()},
+                            fallbacks=list(fallbacks.values()), totals=totals)  # fmt: skip
+        write_json(self.folder / MANIFEST, manifest.model_dump())
+        (self.folder / PARTIAL).unlink(missing_ok=True)
+        return manifest
+
+
+def companions(source: Path) -> list[Path]:
+    """The small files that travel with the weights: tokenizer, chat template, generation and processor configuration."""
+    skip = {"config.json", INDEX, MANIFEST, PARTIAL}
+    found = {f for pattern in ("*.json", "*.txt", "*.model", "*.jinja") for f in source.glob(pattern)}
+    return sorted(f for f in found if f.name not in skip and not f.name.endswith(".index.json") and f.stat().st_size < 256 << 20)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished artifact, checked: known version, no path that leaves the folder."""
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise CompressError(f"{folder}: no such folder")
+    if not file.is_file():
+        unfinished = (folder / PARTIAL).is_file()
+        raise CompressError(f"{folder}: {'an unfinished run: give the same `compress run` command again to finish it' if unfinished else f'not an artifact: {MANIFEST} is missing'}")  # fmt: skip
+    try:
+        data = json.loads(file.read_text())
+        if data.get("format_version", 0) > FORMAT_VERSION:
+            raise CompressError(f"{file}: format version {data['format_version']}, this package reads up to {FORMAT_VERSION}: upgrade compress")
+        manifest = Manifest.model_validate(data)
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, CompressError):
+            raise
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise CompressError(f"{file}: damaged manifest ({reason})") from error
+    for name, tensor in manifest.tensors.items():
+        if Path(tensor.shard).name != tensor.shard or tensor.shard in ("", ".", ".."):
+            raise CompressError(f"{file}: tensor {name} points to {tensor.shard!r}, outside the folder; the manifest was tampered with")
+    return manifest

@@ -1,0 +1,281 @@
+"""Checkpoint: a Hugging Face folder (or hub id) read lazily, one block at a time, never as a whole.
+
+The skeleton of the model is built on the meta device (parameters without memory, real buffers). Tensors are read from safetensors by name,
+copied out of the file and put where transformers would put them: its own renaming and fusing rules (Mixtral's per-expert matrices become one
+3-D tensor in transformers 5) are applied here to the few tensors of one block at a time. Pickles are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from .arch import find_blocks
+from .errors import CompressError
+from .experts import unfuse_experts
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+                      "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+                      "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor, as its file's header tells it."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Group:
+    """Stored tensors that become model tensors together: usually one to one; a list of experts to one fused tensor."""
+
+    target: str  # the (first) model tensor
+    sources: tuple[tuple[str, str], ...]  # (stored name, pattern of the converter that it matched)
+    converter: WeightConverter | None
+
+
+def resolve(model: str, *, weights: bool = True) -> Path:
+    """A local folder as it is, a hub id downloaded into the Hugging Face cache (safetensors, configuration and tokenizer files only)."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise CompressError(f"{model}: no such model folder; give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub raises a dozen kinds; a user needs the first line of any of them
+        raise CompressError(f"{model}: neither a local folder nor reachable on the hub ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                            "check the name, the network, or HF_HOME") from error  # fmt: skip
+
+
+class Checkpoint:
+    """Lazy view of a causal language model on disk. `dtype` is the dtype blocks compute in; stored tensors are read as they are."""
+
+    def __init__(self, model: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
+        self.name, self.path, self.trust_remote_code = model, resolve(model), trust_remote_code
+        if not (self.path / "config.json").is_file():
+            raise CompressError(f"{model}: not a model folder: config.json is missing")
+        self.entries = read_headers(self.path)
+        try:
+            self.config = AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
+        except (ValueError, OSError, KeyError) as error:
+            raise CompressError(f"{model}: config.json cannot be used: {str(error).splitlines()[0]}") from error
+        self._check_config()
+        self.stored_dtype = max((e.dtype for e in self.entries.values() if e.dtype.is_floating_point), key=lambda d: d.itemsize)
+        self.dtype = dtype or self.stored_dtype
+        if torch.promote_types(self.stored_dtype, self.dtype) != self.dtype:
+            raise CompressError(f"{model}: its weights are {str(self.stored_dtype)[6:]}, which {str(self.dtype)[6:]} cannot hold exactly; "
+                                "use --dtype float32")  # fmt: skip
+
+    def _check_config(self) -> None:
+        if quantized := getattr(self.config, "quantization_config", None):
+            raise CompressError(f"{self.name}: already quantized ({quantized.get('quant_method', 'unknown method')}); start from the original checkpoint")
+
+    # ---- structure
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model on meta with real buffers; blocks and outer modules are copied from it and filled."""
+        with init_empty_weights(include_buffers=False):
+            try:
+                model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+            except ValueError as error:
+                raise CompressError(f"{self.name}: not a causal language model ({str(error).splitlines()[0]})") from error
+        model.tie_weights()
+        return model.eval()
+
+    @cached_property
+    def blocks_path(self) -> str:
+        return find_blocks(self.model)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.model.get_submodule(self.blocks_path))
+
+    def block_name(self, i: int) -> str:
+        return f"{self.blocks_path}.{i}"
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """Which stored tensors make which model tensors, by transformers' own rules, keyed by the first model tensor."""
+        rules = get_model_conversion_mapping(self.model)
+        renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+        converters = [r for r in rules if isinstance(r, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        state = self.model.state_dict()
+        found: dict[str, Group] = {}
+        self.unknown: list[str] = []
+        prefix = self.model.base_model_prefix
+        for key in sorted(self.entries, key=dot_natural_key):
+            target, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:
+                target, pattern = key, None
+            if target not in state:
+                self.unknown.append(key)  # e.g. multi-token-prediction layers: kept in the artifact under their own names
+                continue
+            group = found.get(target) or Group(target, (), by_pattern.get(pattern))
+            found[target] = Group(target, group.sources + ((key, pattern or key),), group.converter)
+        return found
+
+    def block_groups(self, i: int) -> list[Group]:
+        prefix = self.block_name(i) + "."
+        return [g for name, g in self.groups.items() if name.startswith(prefix)]
+
+    def outer_groups(self) -> list[Group]:
+        """Everything outside the blocks: embeddings, final norm, head."""
+        return [g for name, g in self.groups.items() if not name.startswith(self.blocks_path + ".")]
+
+    def nbytes(self, groups: list[Group]) -> int:
+        return sum(self.entries[key].nbytes for g in groups for key, _ in g.sources)
+
+    # ---- tensors
+
+    def read_stored(self, key: str) -> Tensor:
+        """One stored tensor, in its stored dtype, copied out of the file (so that no mapping stays open)."""
+        file = self.path / self.entries[key].file
+        try:
+            with safe_open(file, framework="pt") as f:
+                return f.get_tensor(key).clone()
+        except (SafetensorError, OSError) as error:
+            raise CompressError(f"{file}: cannot read {key}: {error}; download the file again") from error
+
+    def read(self, group: Group) -> dict[str, Tensor]:
+        """The model tensors that a group makes, in the stored dtype."""
+        tensors = {key: self.read_stored(key) for key, _ in group.sources}
+        if group.converter is None:
+            return {group.target: tensors[group.sources[0][0]]}
+        converter = copy.deepcopy(group.converter)
+        for key, pattern in group.sources:
+            converter.add_tensor(group.target, key, pattern, tensors.pop(key))
+        made = converter.convert(group.target, model=self.model, config=self.model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+    def _fill(self, module: nn.Module, prefix: str, groups: list[Group], device: torch.device | str) -> dict[str, torch.dtype]:
+        """Put tensors into a meta module, cast to the dtype its parameters were declared in. Returns the stored dtypes by local name."""
+        expected, loaded, stored = module.state_dict(), {}, {}
+        for group in groups:
+            for name, tensor in self.read(group).items():
+                local = name.removeprefix(prefix)
+                if local not in expected:
+                    raise CompressError(f"{self.name}: unexpected tensor {name}")
+                if tensor.shape != expected[local].shape:
+                    raise CompressError(f"{self.name}: {name} is {list(tensor.shape)}, the configuration says {list(expected[local].shape)}")
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise CompressError(f"{self.name}: {name} holds {(~torch.isfinite(tensor)).sum()} NaN or Inf values; the checkpoint is damaged")
+                stored[local] = tensor.dtype
+                loaded[local] = tensor.to(device=device, dtype=expected[local].dtype)
+        module.load_state_dict(loaded, strict=False, assign=True)
+        module.requires_grad_(False)
+        return stored
+
+    def load_block(self, i: int, device: torch.device | str = "cpu") -> nn.Module:
+        """Block i with its weights on `device`, experts unfused to one nn.Linear each. `block.stored` maps its tensors to stored dtypes."""
+        name = self.block_name(i)
+        block = copy.deepcopy(self.model.get_submodule(name))
+        stored = self._fill(block, name + ".", self.block_groups(i), device)
+        missing = [n for n, p in block.named_parameters() if p.is_meta]
+        if missing:
+            raise CompressError(f"{self.name}: {name} lacks {', '.join(missing)} (not in any safetensors file)")
+        unfuse_experts(block)
+        for buffer_name, buffer in block.named_buffers():
+            parent, _, leaf = buffer_name.rpartition(".")
+            setattr(block.get_submodule(parent), leaf, buffer.to(device))
+        block.stored = {n: stored.get(n, self.stored_dtype) for n in block.state_dict()}
+        return block.eval()
+
+    def load_outer(self, device: torch.device | str = "cpu", *, embeddings: bool = True, head: bool = True) -> nn.Module:
+        """The model with its outer tensors real and its blocks on meta; the input embedding or the head can be left out."""
+        model = copy.deepcopy(self.model)
+        tied = _tied(model)
+        drop = set() if tied else {name for wanted, module in ((embeddings, model.get_input_embeddings()), (head, model.get_output_embeddings()))
+                                   if not wanted and module is not None for name, m in model.named_modules() if m is module}  # fmt: skip
+        groups = [g for g in self.outer_groups() if not any(g.target.startswith(d + ".") for d in drop)]
+        self._fill(model, "", groups, device)
+        if tied:
+            model.tie_weights()
+        for buffer_name, buffer in model.named_buffers():
+            if not buffer_name.startswith(self.blocks_path + "."):
+                parent, _, leaf = buffer_name.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, buffer.to(device))
+        return model
+
+    def tokenizer(self):
+        """The tokenizer of the folder, or None where there is none."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            return None
+
+    def digest(self) -> dict[str, str]:
+        """SHA-256 of every weight file and of config.json: the identity of the source."""
+        files = sorted({e.file for e in self.entries.values()} | {"config.json"})
+        digests = {}
+        for name in files:
+            with open(self.path / name, "rb") as f:
+                digests[name] = hashlib.file_digest(f, "sha256").hexdigest()
+        return digests
+
+
+def _tied(model: nn.Module) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def read_headers(path: Path) -> dict[str, Entry]:
+    """Names, dtypes and shapes of every tensor of a folder, from safetensors headers only."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CompressError(f"{index}: not a safetensors index ({error})") from error
+        for name in listed:
+            if Path(name).name != name:
+                raise CompressError(f"{index}: names {name!r}, a path outside the folder")
+        files = [path / name for name in listed]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = [f.name for pattern in PICKLES for f in path.glob(pattern)]
+        if pickles:
+            raise CompressError(f"{path}: only pickled weights ({', '.join(sorted(pickles)[:3])}); pickles can run code and are refused: convert "
+                                "with transformers (model.save_pretrained(folder)) or download the safetensors version")  # fmt: skip
+        raise CompressError(f"{path}: no *.safetensors file in this folder")
+    entries: dict[str, Entry] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                for key in f.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    piece = f.get_slice(key)
+                    entries[key] = Entry(file.name, SAFETENSORS_DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+        except FileNotFoundError as error:
+            raise CompressError(f"{file}: missing, though the index names it; download it again") from error
+        except (SafetensorError, OSError) as error:
+            raise CompressError(f"{file}: corrupt or truncated ({error}); download it again") from error
+        except KeyError as error:
+            raise CompressError(f"{file}: holds tensors of type {error}, which this version cannot read") from error
+    return entries
+

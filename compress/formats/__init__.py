@@ -1,0 +1,29 @@
+"""What a compressed weight is made of: leaves that hold tensors, and three combinators.
+
+    W  =  leaf  |  term + term + ...  |  factor @ factor @ ...  |  inner @ Tᵀ
+
+A method returns one of these; the artifact stores its tensors and its `meta()`; `build` puts it together again. Kernels look only at
+the Format, so a new method needs no new layer class and a new leaf needs one file here.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..errors import CompressError
+from .base import Format
+from .combine import Product, Sum, Transformed
+from .dense import Dense
+from .int_group import IntGroup
+
+__all__ = ["Dense", "Format", "IntGroup", "Product", "Sum", "Transformed", "build"]
+
+FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Sum, Product, Transformed)}
+
+
+def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:
+    """Rebuild a Format from its `meta()` and its `tensors()`, as a manifest and a shard hold them."""
+    name = meta.get("format")
+    if name not in FORMATS:
+        raise CompressError(f"unknown format {name!r} in the manifest; this version reads {', '.join(FORMATS)}: upgrade compress")
+    return FORMATS[name].from_tensors(meta, tensors)

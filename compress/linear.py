@@ -1,0 +1,69 @@
+"""CompressedLinear: a linear layer whose weight is a Format. Forward is whatever kernel dispatch finds, else dequantize and multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .formats import Format, build
+from .kernels import dispatch
+
+
+class CompressedLinear(nn.Module):
+    """y = x · Ŵᵀ + b. The Format's tensors are buffers of this module, so state_dict, .to() and safetensors see plain tensors.
+
+    `policy` and `memory` are handed to kernels.dispatch: "auto" takes the fastest measured path, "dense" multiplies by the dequantized
+    matrix in a fixed order (evaluation and verification), and memory="bounded" never keeps a dense copy.
+    """
+
+    def __init__(self, weight: Format, bias: Tensor | None = None, *, policy: str = "auto", memory: str = "keep"):
+        super().__init__()
+        self.meta = weight.meta()
+        self.out_features, self.in_features = weight.shape
+        self.tensor_names = list(weight.tensors())
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.policy, self.memory = policy, memory
+        self.cache: dict = {}  # what the chosen kernel prepared from the tensors; never saved
+
+    @property
+    def format(self) -> Format:
+        return build(self.meta, {name: getattr(self, name) for name in self.tensor_names})
+
+    def _apply(self, fn, recurse=True):
+        self.cache.clear()  # prepared tensors belong to the old device
+        return super()._apply(fn, recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dispatch.matmul(x, self.format, self.bias, self.cache, policy=self.policy, memory=self.memory)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, weight={self.format.describe()}"
+
+
+def in_features(module: nn.Module) -> int:
+    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+
+
+def get_weight(module: nn.Module) -> Tensor:
+    """The weight as [out, in] fp32. GPT-2's Conv1D stores it transposed."""
+    W = module.weight.detach()
+    return (W.T if isinstance(module, Conv1D) else W).float().contiguous()
+
+
+def set_weight(module: nn.Module, W: Tensor) -> None:
+    """Put a [out, in] matrix back, in the module's own dtype and orientation."""
+    W = W.T.contiguous() if isinstance(module, Conv1D) else W
+    module.weight = nn.Parameter(W.to(module.weight.dtype), requires_grad=False)
+
+
+def install(model: nn.Module, layers: Mapping[str, Format], *, policy: str = "auto", memory: str = "keep") -> None:
+    """Replace the named linears of a model (or block) by CompressedLinear, keeping their biases. In place."""
+    for path, weight in layers.items():
+        parent, _, leaf = path.rpartition(".")
+        old = model.get_submodule(path)
+        setattr(model.get_submodule(parent), leaf, CompressedLinear(weight, old.bias, policy=policy, memory=memory))

@@ -1,0 +1,94 @@
+"""GPTQ: quantize a weight column by column, and let the columns still to come make up for each rounding.
+
+    minimise  tr[(W−Q) H (W−Q)ᵀ]  over Q on the grid;   H_d⁻¹ = UᵀU,  H_d = H + damp·mean(diag H)·I
+    for column i:   q = Π(W_i),   e = (W_i − q) / U_ii,   W_{j>i} −= e · U_ij
+
+The paper is Frantar et al., arXiv 2210.17323. What we do differently: the grids are fitted before the sweep on the original weights (static
+groups), so columns may be solved in any order without a group index at inference; the clip of each group is searched in the norm of diag(H);
+U comes from one Cholesky factorization of the reversed H, shared by all layers that read the same input. Columns are kept as contiguous rows
+of Wᵀ. Cost: n² (m + n/3) multiply-adds for W [m, n]. With H = I it is round-to-nearest, bit for bit; Σe² is the damped error, exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..calibration.statistics import Stats
+from ..errors import CompressError
+from ..formats import IntGroup
+from ..formats.int_group import check_group_size
+from . import grid
+from .options import IntOptions
+
+
+@dataclass(frozen=True)
+class GPTQ(IntOptions):
+    act_order: bool = True  # solve the columns with the loudest input first
+    static_groups: bool = True  # fit every grid before the sweep; False refits each group on the compensated weights (needs act_order false)
+    damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
+    block_size: int = 128  # columns between two updates of all later columns; changes the time, not the result
+
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.act_order and not self.static_groups:
+            raise CompressError("act_order without static_groups would need a group index at inference; set one of the two to match")
+        if self.damp < 0 or self.block_size < 1:
+            raise CompressError(f"damp {self.damp} must be at least 0 and block_size {self.block_size} at least 1")
+
+    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> IntGroup:
+        """weight [out, in] in the precision to solve in (fp32, or fp64 in tests) → IntGroup; its scales have the dtype `stored` allows."""
+        codes, scale, zero, _ = self.solve(weight, stats, self.scale_dtype(stored), where)
+        zeros = None if self.sym else zero.to(torch.uint8)
+        return IntGroup.pack(codes, scale.to(self.scale_dtype(stored)), zeros, self.code_bits, self.levels)
+
+    def solve(self, weight: Tensor, stats: Stats, scale_dtype: torch.dtype, where: str = "weight") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The column sweep: codes uint8 [out, in], scale and zero [out, groups], and Σe², the error in the damped H-norm."""
+        (m, n), size = weight.shape, check_group_size(weight.shape[1], self.group_size, where)
+        factor = stats.factor(self.damp, self.act_order)
+        U, order = factor.U, factor.order
+        W = weight.masked_fill(stats.dead, 0)  # an input that is always zero has no say
+        h = stats.hessian.diagonal().view(-1, size)
+        fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype)  # noqa: E731  W [m, groups, size]
+        g = fit(W.view(m, -1, size), h)
+        scale, zero = g.scale.T.contiguous(), g.zero.T.contiguous()  # [groups, m]
+        group_of = (order // size).tolist()
+
+        W = W.T[order].contiguous()  # [n, m], one column of the paper a row, in solving order
+        codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
+        loss = torch.zeros((), dtype=torch.float64, device=W.device)
+        for start in range(0, n, self.block_size):
+            stop = min(start + self.block_size, n)
+            block, U_block = W[start:stop], U[start:stop, start:stop]
+            diagonal = U_block.diagonal().tolist()
+            E = torch.empty_like(block)
+            for i in range(stop - start):
+                column, k = start + i, group_of[start + i]
+                if not self.static_groups and column % size == 0:
+                    self._refit(fit, W, E, U, h, start, i, size, scale, zero, k)
+                w, s, z = block[i], scale[k], zero[k]
+                q = g.codes(w, s, z)
+                codes[column] = q.to(torch.uint8)
+                E[i] = e = (w - (q - z) * s) / diagonal[i]
+                block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
+            W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
+            loss += E.double().square().sum()
+        restored = torch.empty_like(codes)
+        restored[order] = codes
+        return restored.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), loss
+
+    @staticmethod
+    def _refit(fit, W: Tensor, E: Tensor, U: Tensor, h: Tensor, start: int, i: int, size: int, scale: Tensor, zero: Tensor, k: int) -> None:
+        """Fit group k on the weights as they are now, errors of this block's earlier columns included (they reach later blocks only lazily)."""
+        column, stop = start + i, start + len(E)
+        current = W[column : column + size].clone()
+        beyond = max(0, column + size - stop)  # columns of the group that lie past this block
+        if beyond and i:
+            current[size - beyond :] -= U[start:column, stop : stop + beyond].T @ E[:i]
+        g = fit(current.T.reshape(-1, 1, size), h[k : k + 1])
+        scale[k], zero[k] = g.scale[:, 0], g.zero[:, 0]

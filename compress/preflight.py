@@ -1,0 +1,121 @@
+"""Plan: what a run will make and cost, from the configuration and the safetensors headers, before a weight is read.
+
+Bytes are exact: each method builds its format on the meta device and weighs it. Memory and time are estimates: the largest things that are
+resident together, and the floating-point work divided by what this machine does in a tenth of a second of matrix products.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+
+from .arch import LINEARS, routers, table_entry
+from .checkpoint import Checkpoint
+from .experts import unfuse_experts
+from .recipe import Recipe, nearest
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    name: str
+    shape: tuple[int, int]  # [out, in]
+    method: str | None  # None: stays as it is
+    describe: str
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def bits(self) -> float:
+        return 8 * self.bytes_after / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    recipe: str
+    layers: tuple[PlannedLayer, ...]
+    parameters: int
+    bytes_before: int  # of all tensors
+    bytes_after: int
+    linear_bits: float  # bits per weight of the linears that are compressed
+    model_bits: float  # bits per weight of the whole model
+    peak_ram: int  # bytes above an interpreter that has imported torch and transformers
+    disk: int  # bytes the artifact takes
+    seconds: float  # estimate on this machine; 0 where no weight is compressed
+    warnings: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
+    """(path, block, [out, in]) of every linear of the blocks that a method may touch, experts one by one."""
+    arch, found = table_entry(source.model), []
+    for i in range(source.num_blocks):
+        block = copy.deepcopy(source.model.get_submodule(source.block_name(i)))
+        unfuse_experts(block)
+        left_out = set(arch.skip if arch else routers(block))
+        for path, module in block.named_modules():
+            if isinstance(module, LINEARS) and path not in left_out:
+                shape = tuple(module.weight.shape)
+                found.append((f"{source.block_name(i)}.{path}", i, shape if isinstance(module, torch.nn.Linear) else shape[::-1]))
+    return found
+
+
+def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True) -> Plan:
+    """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
+    rows, stored, itemsize = [], source.stored_dtype, source.stored_dtype.itemsize
+    work, tokens, n_max, block_work = 0.0, samples * seqlen, 0, {}
+    for name, i, (m, n) in linears(source):
+        step = recipe.step_for(name)
+        if step is None:
+            rows.append(PlannedLayer(name, (m, n), None, str(stored)[6:], m * n * itemsize, m * n * itemsize))
+            continue
+        method = step.build()
+        fmt = method.planned((m, n), stored, name)
+        rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * itemsize, fmt.nbytes()))
+        if method.needs:
+            n_max = max(n_max, n)
+            block_work.setdefault(i, set()).add(n)
+            work += 2.0 * n * n * (m + n / 3) + 6.0 * tokens * m * n  # solver; about three passes through the layer
+    work += sum(tokens * n * n * 1.2 for per in block_work.values() for n in per)  # Hessians, half of XᵀX
+    before = sum(e.nbytes for e in source.entries.values())
+    compressed = [r for r in rows if r.method]
+    after = before - sum(r.bytes_before - r.bytes_after for r in compressed)
+    parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
+    linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
+    block_bytes = max((source.nbytes(source.block_groups(i)) for i in range(source.num_blocks)), default=0)
+    block_bytes = block_bytes * source.dtype.itemsize // itemsize
+    outer = source.nbytes(source.outer_groups())
+    width = source.model.get_input_embeddings().weight.shape[1]
+    states = tokens * width * source.dtype.itemsize if n_max else 0
+    weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
+    working = 4 * n_max * n_max * 4 + 4 * weight + batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
+    warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
+    return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
+                8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
+                max(2 * block_bytes + states + working, outer + states), after + (8 << 20),
+                _seconds(source, work, before) if timed else 0.0, tuple(warnings))  # fmt: skip
+
+
+def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...]) -> list[str]:
+    """Patterns of the recipe that fit no linear: nearly always a mistake."""
+    patterns = [p for s in recipe.steps for p in ([s.match] if isinstance(s.match, str) else s.match)] + list(recipe.ignore)
+    return [p for p in patterns if not any(fnmatchcase(r.name, p) for r in rows)]
+
+
+def _seconds(source: Checkpoint, work: float, nbytes: int) -> float:
+    if not work:
+        return nbytes / 2e8
+    a = torch.ones(512, 512)
+    a @ a
+    start, rounds = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.1:
+        a @ a
+        rounds += 1
+    rate = rounds * 2 * 512**3 / (time.perf_counter() - start)
+    return work / rate + nbytes / 2e8

@@ -1,0 +1,151 @@
+"""Recipe: which linears get which method with which options. A YAML file of 5 to 15 lines, or the same in Python.
+
+    name: w4-gptq
+    steps:
+      - method: gptq          # a file of compress/methods/; its dataclass fields are the options below
+        bits: 4
+        group_size: 128
+    ignore: ["*.router"]      # glob patterns of module paths, e.g. model.layers.0.self_attn.q_proj
+
+Every linear of the blocks takes the first step whose `match` fits its path; a linear that no step matches stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from .errors import CompressError
+from .methods import METHODS
+
+RECIPES = Path(__file__).parent / "recipes"
+if not RECIPES.is_dir():  # a bare checkout: the folder lies beside the package
+    RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class Step(BaseModel):
+    """One method with its options, for the linears whose path fits `match`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    method: str
+    match: str | list[str] = "*"
+
+    def options(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+    def build(self):
+        """The method, a frozen dataclass ready to be called. Raises CompressError on unknown names and bad values."""
+        if self.method not in METHODS:
+            raise CompressError(f"unknown method {self.method!r}{nearest(self.method, METHODS)}")
+        cls = METHODS[self.method]
+        fields = {f.name for f in dataclasses.fields(cls)}
+        for name in self.options():
+            if name not in fields:
+                raise CompressError(f"unknown option {self.method}.{name}{nearest(name, fields)}")
+        try:
+            return TypeAdapter(cls).validate_python(self.options())
+        except ValidationError as error:
+            first = error.errors()[0]
+            if isinstance(cause := first.get("ctx", {}).get("error"), CompressError):
+                raise CompressError(f"{self.method}: {cause}") from error
+            place = ".".join(str(p) for p in first["loc"][:1])
+            raise CompressError(f"{self.method}.{place} = {first['input']!r}: {first['msg']}") from error
+
+    def matches(self, path: str) -> bool:
+        return any(fnmatchcase(path, p) for p in ([self.match] if isinstance(self.match, str) else self.match))
+
+
+class Recipe(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    description: str = ""
+    steps: tuple[Step, ...]
+    ignore: tuple[str, ...] = ()
+    true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
+
+    def step_for(self, path: str) -> Step | None:
+        """The first step that fits a module path, or None where the linear stays as it is."""
+        if any(fnmatchcase(path, p) for p in self.ignore):
+            return None
+        return next((s for s in self.steps if s.matches(path)), None)
+
+    def with_options(self, settings: list[str] | dict[str, Any]) -> Recipe:
+        """The recipe with options replaced: `gptq.bits=3` sets it on every gptq step, `true_sequential=false` on the recipe itself."""
+        if isinstance(settings, dict):
+            pairs = list(settings.items())
+        else:
+            bad = [s for s in settings if "=" not in s]
+            if bad:
+                raise CompressError(f"--set {bad[0]}: expected METHOD.OPTION=VALUE, e.g. gptq.bits=3")
+            pairs = [(k.strip(), yaml.safe_load(v)) for k, v in (s.split("=", 1) for s in settings)]
+        data = self.model_dump()
+        for key, value in pairs:
+            method, _, option = key.rpartition(".")
+            if not method:
+                known = ("ignore", "true_sequential")
+                if option not in known:
+                    raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
+                data[option] = value
+                continue
+            hit = [step for step in data["steps"] if step["method"] == method]
+            if not hit:
+                raise CompressError(f"--set {key}: recipe {self.name} has no {method!r} step{nearest(method, {s['method'] for s in data['steps']})}")
+            for step in hit:
+                step[option] = value
+        recipe = _validate(data, self.name)
+        for step in recipe.steps:
+            step.build()
+        return recipe
+
+
+def nearest(name: str, valid) -> str:
+    """`; valid: a, b` and `, did you mean a?` for an error line."""
+    close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1)
+    return (f", did you mean {close[0]}?" if close else "") + f" (valid: {', '.join(sorted(str(v) for v in valid))})"
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def load(recipe: str | Path | dict | Recipe) -> Recipe:
+    """A recipe by name, from a YAML file, or from a dict. Every step's options are checked here, before anything is read or written."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, dict):
+        data, where = recipe, "recipe"
+    else:
+        path = RECIPES / f"{recipe}.yaml"
+        if not path.is_file():
+            path = Path(recipe)
+        if not path.is_file():
+            raise CompressError(f"unknown recipe {str(recipe)!r}{nearest(recipe, names())}, or the path of a .yaml file")
+        where = str(recipe)
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CompressError(f"{where}: not a plain YAML recipe ({' '.join(str(error).split())[:160]})") from error
+        if not isinstance(data, dict):
+            raise CompressError(f"{where}: not a recipe: expected a mapping with `steps:`, found {type(data).__name__}")
+        data = {"name": path.stem} | data
+    result = _validate(data, where)
+    for step in result.steps:
+        step.build()
+    return result
+
+
+def _validate(data: dict, where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"])
+        hint = nearest(first["loc"][-1], Recipe.model_fields) if first["type"] == "extra_forbidden" else ""
+        raise CompressError(f"{where}: {place}: {first['msg']}{hint}") from error

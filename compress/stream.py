@@ -1,0 +1,164 @@
+"""Stream: tokens on their way through a model, one resident block at a time.
+
+The model's own forward prepares every block's arguments: it runs once per batch with stand-ins in the place of the blocks, which record what
+each block is given (masks and position embeddings differ between layer types) and pass the hidden state on. After the last block it runs
+once more to turn hidden states into logits. Between the two, only one block is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .calibration import hidden
+from .calibration.statistics import Stats
+from .checkpoint import Checkpoint
+
+
+class Reached(Exception):
+    """Raised by a hook when the forward has gone as far as it needs to."""
+
+
+class StandIn(nn.Module):
+    """In the place of a block: `act(args, kwargs)` decides what comes out. Everything else is asked of the block itself."""
+
+    def __init__(self, block: nn.Module, act: Callable):
+        super().__init__()
+        self.__dict__["original"], self.__dict__["act"] = block, act
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["original"], name)
+
+    def forward(self, *args, **kwargs):
+        return self.act(args, kwargs)
+
+
+class Stream:
+    """Hidden states [n, seqlen, width] of `tokens` [n, seqlen] in front of block `at`."""
+
+    def __init__(self, source: Checkpoint, tokens: Tensor, mask: Tensor | None = None, *, batch: int = 8,
+                 device: torch.device | str = "cpu", folder: Path | None = None):  # fmt: skip
+        self.source, self.tokens, self.mask, self.batch, self.device = source, tokens, mask, batch, torch.device(device)
+        self.at, self.is_tuple = 0, False
+        self.calls: list[list[tuple]] = [[] for _ in range(source.num_blocks)]  # [block][batch] → (args, kwargs) without the hidden state
+        self._seen: list[Tensor] = []
+        self.hidden = self._enter(folder)
+
+    def batches(self) -> Iterator[slice]:
+        for start in range(0, len(self.tokens), self.batch):
+            yield slice(start, start + self.batch)
+
+    # ---- in front of the blocks
+
+    @torch.no_grad()
+    def _enter(self, folder: Path | None) -> Tensor:
+        outer = self.source.load_outer(self.device, head=False)
+        base = getattr(outer, outer.base_model_prefix, outer)
+        blocks = outer.get_submodule(self.source.blocks_path)
+        originals, states = list(blocks), None
+        for rows in self.batches():
+            first: list[Tensor] = []
+
+            def act(i, args, kwargs, first=first):
+                state, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+                if i == 0:
+                    first.append(state)
+                self.calls[i].append(tree_map(self._intern, (args, kwargs)))
+                return (state,) if self.is_tuple else state
+
+            for i, block in enumerate(originals):
+                blocks[i] = StandIn(block, lambda args, kwargs, i=i: act(i, args, dict(kwargs)))
+            mask = None if self.mask is None else self.mask[rows].to(self.device).long()
+            base(input_ids=self.tokens[rows].to(self.device), attention_mask=mask, use_cache=False)
+            if states is None:
+                states = hidden.allocate((len(self.tokens), *first[0].shape[1:]), first[0].dtype, folder)
+            states[rows] = first[0]
+        return states
+
+    def _intern(self, value):
+        """Equal tensors are kept once: without padding every batch and most blocks share theirs."""
+        if not isinstance(value, Tensor):
+            return value
+        for seen in self._seen:
+            if seen.dtype == value.dtype and seen.shape == value.shape and torch.equal(seen, value):
+                return seen
+        self._seen.append(value.clone())
+        return self._seen[-1]
+
+    # ---- through a block
+
+    @torch.no_grad()
+    def forward(self, block: nn.Module, rows: slice, call: tuple) -> Tensor:
+        args, kwargs = call
+        out = block(self.hidden[rows].to(self.device), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def advance(self, block: nn.Module) -> None:
+        """Replace the hidden states by the block's outputs."""
+        for rows, call in zip(self.batches(), self.calls[self.at], strict=True):
+            self.hidden[rows] = self.forward(block, rows, call)
+        self.calls[self.at] = []
+        self.at += 1
+
+    def collect(self, block: nn.Module, sites: dict[str, str]) -> dict[str, Stats]:
+        """Second moments of the inputs of several modules in one pass: {name: module path in the block} → {name: Stats}.
+
+        With a single site the forward stops as soon as its input is known.
+        """
+        stats: dict[str, Stats] = {}
+        valid: list[Tensor | None] = [None]
+
+        def hook(name: str):
+            def pre(module, args):
+                x, mask = args[0], valid[0]
+                site = stats.get(name)
+                if site is None:
+                    site = stats[name] = Stats.zeros(x.shape[-1], x.device)
+                if mask is not None:
+                    if x.shape[:-1].numel() == mask.numel():
+                        x = x.reshape(-1, x.shape[-1])[mask.flatten()]
+                    else:  # routed tokens no longer tell which window they came from
+                        site.note("padding not excluded", "the tokens of a routed expert do not tell which are padding")
+                site.add(x)
+                if len(sites) == 1:
+                    raise Reached
+
+            return pre
+
+        handles = [block.get_submodule(path).register_forward_pre_hook(hook(name)) for name, path in sites.items()]
+        try:
+            for rows, call in zip(self.batches(), self.calls[self.at], strict=True):
+                valid[0] = None if self.mask is None else self.mask[rows].to(self.device)
+                try:
+                    self.forward(block, rows, call)
+                except Reached:
+                    pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: s.finish() for name, s in stats.items()}
+
+    # ---- behind the blocks
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[Tensor]:
+        """Logits [b, seqlen, vocab] batch by batch, by the model's own tail (final norm, head, soft-capping)."""
+        outer = self.source.load_outer(self.device, embeddings=False)
+        blocks = outer.get_submodule(self.source.blocks_path)
+        originals, last = list(blocks), len(blocks) - 1
+        width = outer.get_input_embeddings().weight.shape[1]
+        for rows in self.batches():
+            state = self.hidden[rows].to(self.device)
+
+            def act(i, args, kwargs, state=state):
+                out = state if i == last else args[0] if args else kwargs["hidden_states"]
+                return (out,) if self.is_tuple else out
+
+            for i, block in enumerate(originals):
+                blocks[i] = StandIn(block, lambda args, kwargs, i=i: act(i, args, kwargs))
+            zeros = torch.zeros(*state.shape[:2], width, dtype=self.source.dtype, device=self.device)
+            yield outer(inputs_embeds=zeros, use_cache=False).logits

@@ -1,0 +1,139 @@
+"""Verify: is what lies on disk what was compressed? Reads the folder only, in a process that did not write it.
+
+Every tensor is hashed and compared with the manifest (name, dtype, shape, SHA-256), every format rebuilt and checked for NaN, its bits against
+the plan; then the probe tokens run through the model as it lies on disk, block by block, and the logits must be those of the model that was in
+memory when the artifact was made.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .artifact import PROBE, Manifest, read_manifest, sha256
+from .checkpoint import Checkpoint, Group, read_headers
+from .errors import CompressError
+from .formats import build
+from .hf import prepare
+from .linear import CompressedLinear
+from .stream import Stream
+
+KL_LIMIT = 1e-3  # nats a token: far above another machine's rounding, far below the damage of any wrong tensor
+
+
+@dataclass
+class Verification:
+    path: str
+    tensors: int = 0
+    bytes: int = 0
+    kl: float | None = None  # mean over the probe's tokens, KL(in memory ‖ from disk)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+class ArtifactCheckpoint(Checkpoint):
+    """An artifact read like a checkpoint: the same blocks, with CompressedLinear where the manifest says so."""
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self.manifest = manifest
+        super().__init__(str(folder), dtype=getattr(torch, manifest.run["dtype"]))
+
+    def _check_config(self) -> None:
+        del self.config.quantization_config  # the skeleton is the original's; the formats come from the manifest
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """Names on disk are names in the model: nothing is renamed or fused again."""
+        return {name: Group(name, ((name, name),), None) for name, t in self.manifest.tensors.items() if t.shard != PROBE}
+
+    def load_block(self, i: int, device: torch.device | str = "cpu") -> nn.Module:
+        name = self.block_name(i) + "."
+        block = copy.deepcopy(self.model.get_submodule(name[:-1]))
+        prepare(block, self.manifest, name)
+        self._fill(block, name, self.block_groups(i), device)
+        if missing := [n for n, t in block.state_dict().items() if t.is_meta]:
+            raise CompressError(f"{self.name}: {name[:-1]} lacks {', '.join(missing)}")
+        for module in block.modules():
+            if isinstance(module, CompressedLinear):
+                module.policy = "dense"
+        return block.to(device).eval()
+
+
+def verify(path: str | Path) -> Verification:
+    """Check an artifact folder; the result lists every problem found. Raises CompressError where there is nothing to check."""
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    result = Verification(str(folder))
+    _files(folder, manifest, result)
+    if result.ok:
+        _formats(folder, manifest, result)
+    if result.ok:
+        try:
+            _probe(folder, manifest, result)
+        except CompressError as error:
+            result.problems.append(str(error))
+    return result
+
+
+def _files(folder: Path, manifest: Manifest, result: Verification) -> None:
+    for shard in sorted({t.shard for t in manifest.tensors.values()}):
+        expected = {name: t for name, t in manifest.tensors.items() if t.shard == shard}
+        try:
+            with safe_open(folder / shard, framework="pt") as f:
+                found = set(f.keys())
+                result.problems += [f"{shard}: {name} is missing" for name in sorted(expected.keys() - found)]
+                result.problems += [f"{shard}: {name} is not in the manifest" for name in sorted(found - expected.keys())]
+                for name in sorted(found & expected.keys()):
+                    tensor, record = f.get_tensor(name), expected[name]
+                    result.tensors, result.bytes = result.tensors + 1, result.bytes + tensor.numel() * tensor.element_size()
+                    if (dtype := str(tensor.dtype)[6:]) != record.dtype or list(tensor.shape) != record.shape:
+                        result.problems.append(f"{name}: {dtype} {list(tensor.shape)} on disk, {record.dtype} {record.shape} in the manifest")
+                    elif sha256(tensor) != record.sha256:
+                        result.problems.append(f"{name}: its bytes in {shard} are not those that were written (SHA-256 differs)")
+                    elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        result.problems.append(f"{name}: holds NaN or Inf")
+        except FileNotFoundError:
+            result.problems.append(f"{shard}: missing, with {len(expected)} tensors, {next(iter(sorted(expected)))} first")
+        except (SafetensorError, OSError) as error:
+            result.problems.append(f"{shard}: corrupt or truncated ({error}); it holds {', '.join(sorted(expected)[:3])} and {max(0, len(expected) - 3)} more")
+
+
+def _formats(folder: Path, manifest: Manifest, result: Verification) -> None:
+    entries = read_headers(folder)
+    for name, record in manifest.layers.items():
+        tensors = {}
+        for t in record.tensors:
+            if f"{name}.{t}" not in entries:
+                result.problems.append(f"{name}: its tensor {t} is on no shard")
+                break
+            with safe_open(folder / entries[f"{name}.{t}"].file, framework="pt") as f:
+                tensors[t] = f.get_tensor(f"{name}.{t}")
+        else:
+            weight = build(record.format, tensors)
+            if weight.nbytes() != record.bytes or record.bytes != record.planned_bytes:
+                result.problems.append(f"{name}: {weight.nbytes()} bytes on disk, {record.bytes} in the manifest, {record.planned_bytes} planned")
+            if not torch.isfinite(weight.dequantize()).all():
+                result.problems.append(f"{name}: dequantizes to NaN or Inf")
+
+
+def _probe(folder: Path, manifest: Manifest, result: Verification) -> None:
+    with safe_open(folder / PROBE, framework="pt") as f:
+        tokens, expected = f.get_tensor("tokens"), f.get_tensor("logits").double()
+    source = ArtifactCheckpoint(folder, manifest)
+    stream = Stream(source, tokens)
+    for i in range(source.num_blocks):
+        stream.advance(source.load_block(i))
+    logits = next(stream.logits())[:, -expected.shape[1] :].double()
+    p, q = expected.log_softmax(-1), logits.log_softmax(-1)
+    result.kl = float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
+    if not result.kl <= KL_LIMIT:
+        result.problems.append(f"the model on disk does not give the logits of the model in memory: KL {result.kl:.3g} nats a token, allowed {KL_LIMIT:g}")
+

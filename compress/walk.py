@@ -1,0 +1,178 @@
+"""The one loop: for each block { load → statistics per site → method → Format → write, one rename → advance }.
+
+Peak memory is one block, the hidden states of the calibration windows and the Hessians of one stage, never the model. A block whose shard is
+complete is not computed again: its compressed weights are read back and the tokens are sent through them, so a resumed run continues from
+exactly the states it would have had.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from .arch import Arch, Site, infer_sites, routers, table_entry
+from .artifact import LayerRecord, Writer
+from .calibration.statistics import Stats
+from .checkpoint import Checkpoint
+from .errors import CompressError
+from .formats import Format, build
+from .linear import get_weight, in_features, set_weight
+from .recipe import Recipe
+from .stream import Stream
+
+STATS_LIMIT = 2 << 30  # bytes of Hessians gathered in one pass; more experts take more passes
+OUTER_LIMIT = 1 << 30  # bytes of one shard of outer tensors
+
+
+@dataclass(frozen=True)
+class Done:
+    """One layer finished (or read back, when a run was resumed), for the screen and the log."""
+
+    block: int
+    name: str
+    record: LayerRecord
+    seconds: float
+    resumed: bool
+
+
+def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | None, probe: Stream, headers: dict[str, dict]) -> Iterator[Done]:
+    """Compress every block of `source` into `writer`, yielding each layer as it is done; `headers` receives the record of every shard.
+
+    `stream` carries the calibration tokens, None when no method needs statistics; `probe` a few tokens whose logits `verify` will compare.
+    """
+    for i in range(source.num_blocks):
+        shard, name = f"block-{i:05d}", source.block_name(i)
+        block = source.load_block(i, probe.device)
+        header = writer.header(shard)
+        if header is not None:
+            tensors = writer.read(shard)
+            for layer, record in header["layers"].items():
+                weight = build(record["format"], {t: tensors[f"{layer}.{t}"].to(probe.device) for t in record["tensors"]})
+                set_weight(block.get_submodule(layer.removeprefix(name + ".")), weight.dequantize())
+                yield Done(i, layer, LayerRecord.model_validate(record), 0.0, True)
+            del tensors
+        else:
+            layers: dict[str, LayerRecord] = {}
+            formats: dict[str, Format] = {}
+            fallbacks: list[dict] = []
+            for done, weight in _compress_block(source, recipe, block, i, stream, probe, fallbacks):
+                layers[done.name], formats[done.name.removeprefix(name + ".")] = done.record, weight
+                yield done
+            header = writer.commit(shard, _tensors(block, name, formats), layers, fallbacks)
+        headers[shard] = header
+        if stream is not None and i + 1 < source.num_blocks:
+            stream.advance(block)
+        probe.advance(block)
+
+
+def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int, stream: Stream | None, probe: Stream,
+                    fallbacks: list[dict]) -> Iterator[tuple[Done, Format]]:  # fmt: skip
+    name = source.block_name(i)
+    sites = sites_of(source, block, stream or probe)
+    plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
+    for stage in stages(block, [s for s in sites if any(p in plan for p in s.linears)], recipe.true_sequential):
+        stats: dict[str, Stats] = {}
+        started = time.perf_counter()
+        if stream is not None:
+            stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage})
+        shared = (time.perf_counter() - started) / sum(p in plan for s in stage for p in s.linears)
+        for site in stage:
+            seen = stats.pop(site.name, None)
+            for path in site.linears:
+                if path not in plan:
+                    continue
+                started = time.perf_counter()
+                method_name, method = plan[path]
+                where = f"{name}.{path}"
+                module = block.get_submodule(path)
+                W = get_weight(module)
+                if seen is None:
+                    seen = Stats(torch.eye(W.shape[1], device=W.device))
+                    if stream is not None:
+                        seen.note("no calibration tokens, rounded to nearest", "none was routed here")
+                weight = method(W, seen, stored=block.stored[f"{path}.weight"], where=where)
+                if not all(torch.isfinite(t).all() for t in weight.tensors().values() if t.is_floating_point()):
+                    raise CompressError(f"{where}: {method_name} produced NaN or Inf; the weights span ±{W.abs().max():.3g}")
+                W_hat = weight.dequantize()
+                planned = method.planned(tuple(W.shape), block.stored[f"{path}.weight"], where)
+                record = LayerRecord(
+                    method=method_name, options=_options(method), format=weight.meta(), describe=weight.describe(), tensors=list(weight.tensors()),
+                    bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=planned.nbytes(), parameters=W.numel(), error=seen.error(W, W_hat),
+                    error_norm="hessian" if seen.count else "identity", tokens=seen.count)  # fmt: skip
+                set_weight(module, W_hat)
+                yield Done(i, where, record, shared + time.perf_counter() - started, False), weight
+            if seen is not None:
+                if seen.dropped:
+                    seen.note("tokens dropped", f"{seen.dropped} of {seen.dropped + seen.count} rows of the input were NaN or Inf")
+                fallbacks.extend({"what": f["what"], "where": f"{name}.{site.name}", "count": 1, "detail": f["detail"]} for f in seen.fallbacks)
+
+
+def sites_of(source: Checkpoint, block: nn.Module, stream: Stream) -> tuple[Site, ...]:
+    """The sites of a block: from the table, or by watching its linears while a few tokens pass."""
+    arch = table_entry(source.model)
+    if arch is None:
+        watched = infer_sites(block, lambda: stream.forward(block, next(stream.batches()), stream.calls[stream.at][0]))
+        arch = Arch(source.blocks_path, watched, skip=routers(block))
+    return arch.sites_of(block)
+
+
+def stages(block: nn.Module, sites: list[Site], true_sequential: bool) -> Iterator[list[Site]]:
+    """Sites whose statistics are gathered in one pass: one site each, all experts of a kind together, as many as fit in STATS_LIMIT."""
+    kind = (lambda s: re.sub(r"\d+", "*", s.name)) if true_sequential else (lambda s: None)
+    for _, group in groupby(sites, key=kind):
+        stage, size = [], 0
+        for site in group:
+            need = 4 * in_features(block.get_submodule(site.linears[0])) ** 2
+            if stage and size + need > STATS_LIMIT:
+                yield stage
+                stage, size = [], 0
+            stage.append(site)
+            size += need
+        if stage:
+            yield stage
+
+
+def _options(method) -> dict:
+    return {f.name: getattr(method, f.name) for f in fields(method)}
+
+
+def _tensors(block: nn.Module, name: str, formats: dict[str, Format]) -> dict[str, Tensor]:
+    """What a block's shard holds: Format tensors for the compressed linears, everything else in the dtype it was stored in."""
+    tensors = {f"{name}.{path}.{key}": t for path, weight in formats.items() for key, t in weight.tensors().items()}
+    for local, value in block.state_dict().items():
+        path, _, leaf = local.rpartition(".")
+        if leaf == "weight" and path in formats:
+            continue
+        tensors[f"{name}.{local}"] = value.to(block.stored[local])
+    return tensors
+
+
+def copy_outer(source: Checkpoint, writer: Writer, headers: dict[str, dict]) -> None:
+    """Embeddings, final norm, head and whatever the model class does not know (multi-token prediction), unchanged, in shards of bounded size."""
+    pieces: list[tuple[str, int]] = [(g.target, source.nbytes([g])) for g in source.outer_groups()]
+    groups = {g.target: g for g in source.outer_groups()}
+    pieces += [(key, source.entries[key].nbytes) for key in source.unknown]
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, nbytes in pieces:
+        if shards[-1] and size + nbytes > OUTER_LIMIT:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    for k, names in enumerate(shards):
+        shard = f"outer-{k:05d}"
+        headers[shard] = writer.header(shard)
+        if headers[shard] is None:
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                tensors |= source.read(groups[name]) if name in groups else {name: source.read_stored(name)}
+            kept = [{"what": "kept as it is", "where": name, "count": 1, "detail": "the model class does not know this tensor"}
+                    for name in names if name not in groups]  # fmt: skip
+            headers[shard] = writer.commit(shard, tensors, {}, kept)

@@ -1,0 +1,107 @@
+"""How long does each way take here? Measured once, remembered in `tune.json`: {situation: {option: microseconds}}.
+
+The situation is a sentence: machine, threads, torch, format, shape, rows, dtype. The file lives in $COMPRESS_CACHE, else
+$XDG_CACHE_HOME/compress, else ~/.cache/compress; it is replaced whole, merged with what other processes wrote meanwhile, and a file that
+cannot be read costs one warning and a new measurement.
+"""
+
+import functools
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+FLUSH = 2**27  # bytes written before each run: more than any last-level cache, so weights come from memory as between two decoding steps
+
+
+def race(runs: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = 0.2) -> dict[str, float]:
+    """Median microseconds of each run, out of cache. They take turns, so a neighbour's load slows all of them alike."""
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    deadline = time.perf_counter() + seconds * len(runs)
+    for turn in itertools.count():
+        if turn >= 5 and time.perf_counter() > deadline:
+            return {name: statistics.median(us) for name, us in samples.items()}
+        for name, run in runs.items():
+            samples[name].append(_once_us(run, flush))
+
+
+def _once_us(run: Callable[[], object], flush: torch.Tensor) -> float:
+    if flush.is_cuda:
+        with torch.cuda.device(flush.device):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(8):  # long enough that the launch below is queued while the device still writes
+                flush.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return 1e3 * start.elapsed_time(end)
+    flush.zero_()
+    begin = time.perf_counter()
+    run()
+    return 1e6 * (time.perf_counter() - begin)
+
+
+@functools.cache
+def machine(device: torch.device, threads: int) -> str:
+    """The processor's name; a CPU's with its vector width and the threads it may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    name = model[1] if model else platform.processor() or platform.machine()
+    return f"{name} {torch.backends.cpu.get_cpu_capability()} x{threads}"
+
+
+def table_file() -> Path:
+    folder = os.environ.get("COMPRESS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+    return Path(folder) / "tune.json"
+
+
+def read(file: Path) -> dict[str, dict[str, float]]:
+    try:
+        table = json.loads(file.read_text())
+        return {situation: {option: float(us) for option, us in row.items()} for situation, row in table.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        log.warning("ignoring %s (%s: %s); it is measured and written again", file, type(error).__name__, error)
+        return {}
+
+
+memory = functools.cache(read)  # one dict a file and process, updated in place by `timings`
+
+
+def timings(situation: str, device: torch.device, build: Callable[[], Mapping[str, Callable]], names: Iterable[str]) -> dict[str, float]:
+    """Microseconds by name: remembered, or from a race between what `build` returns, which is dropped after it."""
+    file = table_file()
+    table = memory(file)
+    if not set(names) <= table.get(situation, {}).keys():
+        us = race(build(), device)
+        table[situation] = table.get(situation, {}) | us
+        log.info("measured %s: %s", situation, ", ".join(f"{name} {t:.0f} us" for name, t in us.items()))
+        write(file, read(file) | table)
+    return table[situation]
+
+
+def write(file: Path, table: dict) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as new:
+            json.dump(table, new, indent=1, sort_keys=True)
+        os.replace(new.name, file)
+    except OSError as error:
+        log.warning("cannot write %s (%s): the next process measures again; set COMPRESS_CACHE to a writable folder", file, error)
