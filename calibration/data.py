@@ -56,7 +56,7 @@ def load_calibration(spec: str, tokenizer: PreTrainedTokenizerBase | None, *, sa
     """Windows of `spec` (top of this file). samples=None takes everything; `model` is what "self" samples from."""
     if tokenizer is None:
         raise CompressError(f"tokenizer missing: {spec} is text; put tokenizer.json beside the model's weights")
-    if seqlen < 2 or samples is not None and samples < 1:
+    if seqlen < 2 or (samples is not None and samples < 1):
         raise CompressError(f"samples={samples}, seqlen={seqlen}: a prediction takes at least 1 sample of 2 tokens")
     generator, dropped, truncated = torch.Generator().manual_seed(seed), 0, 0
     in_order = split == "evaluation" or spec.startswith("file:")
@@ -64,7 +64,7 @@ def load_calibration(spec: str, tokenizer: PreTrainedTokenizerBase | None, *, sa
         rows = _sampled(model, tokenizer, samples, seqlen, generator, split)
     else:
         source = _open(spec, tokenizer, samples, seqlen, split, pack, chat_template)
-        keep = in_order or pack and source.cut is _whole        # _whole draws windows of the running text instead
+        keep = in_order or (pack and source.cut is _whole)        # _whole draws windows of the running text instead
         documents = map(source.render, source.rows if keep else _shuffled(source.rows, generator))
 
         def encode(text: str) -> list[int]:     # verbose=False: a text longer than the model's context is cut, not fed
@@ -303,10 +303,7 @@ def _table(spec, columns, column, read, tokenizer, chat_template, cut=_whole) ->
 
 
 def _load_dataset(spec, name, config=None, **options):
-    try:
-        import datasets
-    except ImportError as error:
-        raise CompressError(f"{spec} reads through `datasets`; pip install datasets, or use file: or stdlib") from error
+    import datasets
     try:
         return datasets.load_dataset(name, config, **options)
     except Exception as error:      # offline, unknown name, config or split, gated: one line each, the cause attached
@@ -320,9 +317,12 @@ def _one_line(error: Exception) -> str:
 
 def _sampled(model, tokenizer, samples, seqlen, generator, split) -> Tensor:
     """[samples, seqlen] the model wrote: BOS if its tokenizer starts texts so, else a random token, then ancestral."""
-    if model is None or samples is None or split == "evaluation":
-        raise CompressError(f"self: the model writes this text, so it takes model= and a number of samples (got "
-                            f"{samples}), and cannot serve to evaluate that model; evaluate on a real text")
+    if model is None or samples is None:
+        raise CompressError(f"self: the model writes this text; give samples= (got {samples}, and it has no end) and "
+                            f"model= (got {type(model).__name__})")
+    # Two draws, one for each split: an evaluation never sees the calibration's text.
+    stream = int(torch.randint(2**62, (2,), generator=generator)[int(split == "evaluation")])
+    generator = torch.Generator().manual_seed(stream)
     if tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]:
         first = torch.full((samples, 1), tokenizer.bos_token_id)
     else:
@@ -331,7 +331,7 @@ def _sampled(model, tokenizer, samples, seqlen, generator, split) -> Tensor:
     device = model.device
     # generate() draws from the global generators: they are seeded inside, and put back after.
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        torch.manual_seed(stream)
         # min_new_tokens keeps an end-of-text from ending a sample; the rest undoes what generation_config.json prefers
         return torch.cat([model.generate(
             batch.to(device), attention_mask=torch.ones_like(batch, device=device), do_sample=True, temperature=1.0,

@@ -8,12 +8,25 @@ upper block triangle only, and mirrored at the end: same tokens, same bytes.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 TILE = 256  # columns of one block of the upper triangle
+
+
+@contextmanager
+def _bf16_products(exact: bool):
+    """On CPU, let oneDNN multiply fp32 operands as bf16 with fp32 sums: nothing is lost when they came from bf16, and it is 2.5 times as fast."""
+    knob = torch.backends.mkldnn.matmul
+    before = knob.fp32_precision
+    knob.fp32_precision = "bf16" if exact else before
+    try:
+        yield
+    finally:
+        knob.fp32_precision = before
 
 
 @dataclass(eq=False)
@@ -42,15 +55,17 @@ class Stats:
 
     def add(self, x: Tensor) -> None:
         """Accumulate tokens x [..., n] of any float dtype; rows that hold NaN or Inf are counted and left out."""
+        exact_in_bf16 = x.dtype == torch.bfloat16
         x = x.reshape(-1, x.shape[-1]).float()
-        finite = torch.isfinite(x).all(dim=1)
-        if not finite.all():
+        if not torch.isfinite(x.sum(dim=1)).all():  # cheap; only when it trips is every element looked at
+            finite = torch.isfinite(x).all(dim=1)
             self.dropped += int((~finite).sum())
             x = x[finite]
         self.count += len(x)
         n = x.shape[1]
-        for i in range(0, n, TILE):
-            self.hessian[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, x[:, i:])
+        with _bf16_products(exact_in_bf16):
+            for i in range(0, n, TILE):
+                self.hessian[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, x[:, i:])
 
     def finish(self) -> Stats:
         """Mirror the upper triangle and divide by the number of tokens."""
@@ -79,6 +94,13 @@ class Stats:
         if key not in self._factors:
             self._factors[key] = self._factorize(damp, act_order)
         return self._factors[key]
+
+    def damped(self, factor: Factor) -> Tensor:
+        """H_d in the factor's solving order: what U was made of."""
+        diagonal = torch.where(self.dead, 1.0, self.hessian.diagonal())
+        Hd = self.hessian[factor.order][:, factor.order]
+        Hd.diagonal().copy_(diagonal[factor.order] + factor.damp * diagonal.mean())
+        return Hd
 
     def _factorize(self, damp: float, act_order: bool) -> Factor:
         H, n = self.hessian, len(self.hessian)

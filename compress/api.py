@@ -20,10 +20,9 @@ from . import artifact, preflight, progress, verification
 from . import recipe as _recipe
 from .artifact import MANIFEST, PROBE, Manifest, Writer, read_manifest
 from .calibration.data import CalibrationSet, load_calibration
-from .checkpoint import Checkpoint, read_headers, resolve
+from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .errors import CompressError
 from .eval import compare as _compare
-from .eval import speed as _speed
 from .linear import CompressedLinear
 from .preflight import Plan
 from .stream import Stream
@@ -167,6 +166,8 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
         result["reference"] |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(source), strict=True)), "bytes": weight_bytes(source)}
     if speed:
         del models, streams
+        from .eval import speed as _speed  # imported when run, so that `python -m compress.eval.speed` is not imported twice
+
         timing = None if dtype == "auto" else dtype
         result["speed"] = _speed.measure(str(folder), dtype=timing, device=device)
         if source:
@@ -206,10 +207,10 @@ def _named(dtype: str) -> torch.dtype:
 
 
 def _dtype(dtype: str, model: str, device: str) -> torch.dtype | None:
-    """auto: the checkpoint's own precision where the device computes in it at speed, else float32. Never below what is stored."""
+    """auto: the checkpoint's own precision where the device computes in it at speed, else float32."""
     if dtype != "auto":
         return _named(dtype)
-    stored = max((e.dtype for e in read_headers(resolve(model)).values() if e.dtype.is_floating_point), key=lambda d: d.itemsize, default=torch.float32)
+    stored = dominant_dtype(read_headers(resolve(model)))
     if torch.device(device).type != "cpu":
         return stored
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -33,7 +32,6 @@ from .errors import CompressError
 
 MANIFEST, PARTIAL, PROBE, INDEX = "compress.json", "compress.partial.json", "probe.safetensors", "model.safetensors.index.json"
 FORMAT_VERSION = 1
-OURS = re.compile(r"(block|outer)-\d{5}\.safetensors|probe\.safetensors|compress(\.partial)?\.json|model\.safetensors\.index\.json|.*\.tmp")
 
 
 class Record(BaseModel):
@@ -78,6 +76,7 @@ class Manifest(Record):
     blocks: str  # module path of the list of blocks
     layers: dict[str, LayerRecord]
     tensors: dict[str, TensorRecord]
+    shards: dict[str, str]  # SHA-256 of each shard's header: with those of the tensors, every byte is accounted for
     fallbacks: list[Fallback]
     totals: dict[str, float]
 
@@ -87,24 +86,38 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest() if tensor.numel() else hashlib.sha256().hexdigest()
 
 
+def fingerprint(run: dict[str, Any]) -> str:
+    """What a shard's header says of the run that it belongs to."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def head_sha256(file: Path) -> str:
+    """SHA-256 of a safetensors file's header: its length, the names, the places of the tensors and the record that we keep there."""
+    with open(file, "rb") as f:
+        return hashlib.sha256((length := f.read(8)) + f.read(int.from_bytes(length, "little"))).hexdigest()
+
+
 def differences(old: Any, new: Any, at: str = "") -> list[str]:
     """Where two JSON values differ, as `recipe.steps.0.bits: 4 → 3`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return [d for k in {**old, **new} for d in differences(old.get(k), new.get(k), f"{at}.{k}" if at else str(k))]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differences(a, b, f"{at}.{i}")]
-    return [] if old == new else [f"{at}: {json.dumps(old)} → {json.dumps(new)}"]
+    if old == new:
+        return []
+    return [f"{at}: " + " → ".join(s if len(s) <= 80 else s[:77] + "..." for s in (json.dumps(old), json.dumps(new)))]
 
 
 def write_json(path: Path, value: Any) -> None:
     """Atomic and durable: a reader sees the old file or the whole new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with _disk(path.parent), open(temporary, "w", encoding="utf-8") as f:
-        f.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
+    with writing(path.parent):
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
@@ -116,7 +129,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _disk(folder: Path):
+def writing(folder: Path):
     """Writing errors as one line; finished shards stay where they are."""
     try:
         yield
@@ -134,7 +147,7 @@ class Writer:
 
     def __init__(self, folder: Path, run: dict[str, Any], *, overwrite: bool = False):
         self.folder, self.run = folder, json.loads(json.dumps(run))
-        self.fingerprint = hashlib.sha256(json.dumps(self.run, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = fingerprint(self.run)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -142,34 +155,47 @@ class Writer:
         self._lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.complete = self._claim(overwrite)
         except BlockingIOError as error:
+            self.close()
             raise CompressError(f"{folder}: another compress run is writing here; wait for it or choose another folder") from error
-        self.complete = self._claim(overwrite)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         os.close(self._lock)
 
     def _claim(self, overwrite: bool) -> bool:
-        found = next((self.folder / name for name in (MANIFEST, PARTIAL) if (self.folder / name).is_file()), None)
-        if found is None and any(self.folder.iterdir()):
+        """Make the folder this run's; True where nothing is left to do. A kill at any point leaves a folder that can be claimed again."""
+        manifest, partial = self.folder / MANIFEST, self.folder / PARTIAL
+        found = next((f for f in (manifest, partial) if f.is_file()), None)
+        if found is None and any(f.name != f"{PARTIAL}.tmp" for f in self.folder.iterdir()):
             raise CompressError(f"{self.folder}: holds files but no compress run; choose an empty or new folder")
-        if found is not None and overwrite:
-            for file in self.folder.iterdir():
-                if file.is_file():
-                    file.unlink()
-            found = None
         if found is not None:
             try:
-                old = json.loads(found.read_text())["run"]
-            except (ValueError, KeyError) as error:
-                raise CompressError(f"{found}: damaged ({error}); start over with --overwrite") from error
-            if changed := differences(old, self.run):
+                old = json.loads(found.read_text())
+                changed = differences(old["run"], self.run)
+                shards = sorted({Path(t["shard"]).stem for t in old["tensors"].values()}) if found == manifest else []
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if not overwrite:
+                    raise CompressError(f"{found}: damaged ({error}); start over with --overwrite") from error
+                changed = [str(error)]
+            if changed and not overwrite:
                 raise CompressError(f"{self.folder}: holds another run, which differs in {'; '.join(changed[:4])}"
                                     f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}; use --overwrite or another -o")  # fmt: skip
-            for leftover in self.folder.glob("*.tmp"):
-                leftover.unlink()
-            return found.name == MANIFEST
-        write_json(self.folder / PARTIAL, {"run": self.run})
+            if not changed and not (overwrite and found == manifest):  # --overwrite replaces other runs and finished ones, not this one half done
+                for leftover in self.folder.glob("*.tmp"):
+                    leftover.unlink()
+                if found == manifest and all(self.header(shard) for shard in shards):
+                    partial.unlink(missing_ok=True)
+                    return True
+                os.replace(found, partial)  # a finished artifact with a damaged shard becomes unfinished: only that shard is made again
+                return False
+        write_json(partial, {"run": self.run})
+        for file in (manifest, *self.folder.iterdir()):
+            if file.is_file() and file.name != PARTIAL:
+                file.unlink()
         return False
 
     def header(self, shard: str) -> dict[str, Any] | None:
@@ -186,7 +212,7 @@ class Writer:
                     return None
         except (SafetensorError, ValueError, KeyError):
             return None
-        return header
+        return header | {"sha256": head_sha256(file)}
 
     def read(self, shard: str) -> dict[str, Tensor]:
         with safe_open(self.folder / f"{shard}.safetensors", framework="pt") as f:
@@ -200,14 +226,14 @@ class Writer:
                    for name, t in sorted(tensors.items())}  # fmt: skip
         header = {"fingerprint": self.fingerprint, "layers": {n: r.model_dump() for n, r in layers.items()}, "tensors": records, "fallbacks": fallbacks}
         temporary = self.folder / f"{file}.tmp"
-        with _disk(self.folder):
-            # one metadata key only: safetensors writes several in no fixed order
-            save_file(tensors, temporary, metadata={"compress": json.dumps(header, sort_keys=True)})
+        with writing(self.folder):
+            # one metadata key only: safetensors writes several in no fixed order; ours keeps its order, so that a resumed run sees the same
+            save_file(tensors, temporary, metadata={"compress": json.dumps(header)})
             temporary.chmod(0o644)  # safetensors makes files that only their owner can read
             _sync(temporary)
             os.replace(temporary, self.folder / file)
             _sync(self.folder)
-        return header
+        return header | {"sha256": head_sha256(self.folder / file)}
 
     def finish(self, headers: dict[str, dict], source: Path, blocks: str, totals: dict[str, float], version: str) -> Manifest:
         """Everything beside the shards, the manifest last."""
@@ -216,8 +242,9 @@ class Writer:
         weights = {name: t for shard, h in headers.items() if f"{shard}.safetensors" != PROBE for name, t in h["tensors"].items()}
         stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize for t in weights.values())
         for file in companions(source):
-            with _disk(self.folder):
+            with writing(self.folder):
                 shutil.copyfile(file, self.folder / file.name)
+                _sync(self.folder / file.name)
         write_json(self.folder / "config.json", config)
         write_json(self.folder / INDEX, {"metadata": {"total_size": stored}, "weight_map": {n: t["shard"] for n, t in sorted(weights.items())}})
         fallbacks: dict[tuple, Fallback] = {}
@@ -228,6 +255,7 @@ class Writer:
         manifest = Manifest(format_version=FORMAT_VERSION, compress=version, run=self.run, blocks=blocks,
                             layers={n: r for h in headers.values() for n, r in h["layers"].items()},
                             tensors={n: t for h in headers.values() for n, t in h["tensors"].items()},
+                            shards={f"{shard}.safetensors": h["sha256"] for shard, h in headers.items()},
                             fallbacks=list(fallbacks.values()), totals=totals)  # fmt: skip
         write_json(self.folder / MANIFEST, manifest.model_dump())
         (self.folder / PARTIAL).unlink(missing_ok=True)
@@ -254,7 +282,7 @@ def read_manifest(folder: Path) -> Manifest:
         if data.get("format_version", 0) > FORMAT_VERSION:
             raise CompressError(f"{file}: format version {data['format_version']}, this package reads up to {FORMAT_VERSION}: upgrade compress")
         manifest = Manifest.model_validate(data)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         if isinstance(error, CompressError):
             raise
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error

@@ -10,19 +10,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from .arch import find_blocks
+from .arch import find_blocks, table_entry
 from .errors import CompressError
 from .experts import unfuse_experts
 
@@ -77,18 +79,15 @@ class Checkpoint:
     def __init__(self, model: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
         self.name, self.path, self.trust_remote_code = model, resolve(model), trust_remote_code
         if not (self.path / "config.json").is_file():
-            raise CompressError(f"{model}: not a model folder: config.json is missing")
+            raise CompressError(f"{model}: not a model folder: config.json is missing; download it next to the weights")
         self.entries = read_headers(self.path)
         try:
             self.config = AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
-        except (ValueError, OSError, KeyError) as error:
-            raise CompressError(f"{model}: config.json cannot be used: {str(error).splitlines()[0]}") from error
+        except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+            raise CompressError(f"{model}: config.json cannot be used: {' '.join(str(error).split())}") from error
         self._check_config()
-        self.stored_dtype = max((e.dtype for e in self.entries.values() if e.dtype.is_floating_point), key=lambda d: d.itemsize)
+        self.stored_dtype = dominant_dtype(self.entries)
         self.dtype = dtype or self.stored_dtype
-        if torch.promote_types(self.stored_dtype, self.dtype) != self.dtype:
-            raise CompressError(f"{model}: its weights are {str(self.stored_dtype)[6:]}, which {str(self.dtype)[6:]} cannot hold exactly; "
-                                "use --dtype float32")  # fmt: skip
 
     def _check_config(self) -> None:
         if quantized := getattr(self.config, "quantization_config", None):
@@ -102,14 +101,15 @@ class Checkpoint:
         with init_empty_weights(include_buffers=False):
             try:
                 model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-            except ValueError as error:
-                raise CompressError(f"{self.name}: not a causal language model ({str(error).splitlines()[0]})") from error
+            except (ValueError, KeyError) as error:
+                raise CompressError(f"{self.name}: not a causal language model that can be built ({str(error).splitlines()[0]})") from error
         model.tie_weights()
         return model.eval()
 
     @cached_property
     def blocks_path(self) -> str:
-        return find_blocks(self.model)
+        entry = table_entry(self.model)
+        return entry.blocks if entry else find_blocks(self.model)
 
     @property
     def num_blocks(self) -> int:
@@ -173,9 +173,12 @@ class Checkpoint:
         made = converter.convert(group.target, model=self.model, config=self.model.config)
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
-    def _fill(self, module: nn.Module, prefix: str, groups: list[Group], device: torch.device | str) -> dict[str, torch.dtype]:
-        """Put tensors into a meta module, cast to the dtype its parameters were declared in. Returns the stored dtypes by local name."""
-        expected, loaded, stored = module.state_dict(), {}, {}
+    def _fill(self, module: nn.Module, prefix: str, groups: list[Group], device: torch.device | str) -> tuple[dict, dict]:
+        """Put tensors into a meta module, cast to the dtype its parameters were declared in.
+
+        Returns, by local name, the stored dtypes, and the original of every tensor that the cast made coarser.
+        """
+        expected, loaded, stored, originals = module.state_dict(), {}, {}, {}
         for group in groups:
             for name, tensor in self.read(group).items():
                 local = name.removeprefix(prefix)
@@ -187,23 +190,31 @@ class Checkpoint:
                     raise CompressError(f"{self.name}: {name} holds {(~torch.isfinite(tensor)).sum()} NaN or Inf values; the checkpoint is damaged")
                 stored[local] = tensor.dtype
                 loaded[local] = tensor.to(device=device, dtype=expected[local].dtype)
+                if torch.promote_types(tensor.dtype, expected[local].dtype) != expected[local].dtype:
+                    originals[local] = tensor
         module.load_state_dict(loaded, strict=False, assign=True)
         module.requires_grad_(False)
-        return stored
+        return stored, originals
 
     def load_block(self, i: int, device: torch.device | str = "cpu") -> nn.Module:
-        """Block i with its weights on `device`, experts unfused to one nn.Linear each. `block.stored` maps its tensors to stored dtypes."""
+        """Block i with its weights on `device`, experts unfused to one nn.Linear each.
+
+        `block.stored` maps its tensors to their stored dtypes, `block.originals` holds those that the compute dtype cannot hold exactly.
+        """
         name = self.block_name(i)
         block = copy.deepcopy(self.model.get_submodule(name))
-        stored = self._fill(block, name + ".", self.block_groups(i), device)
+        stored, originals = self._fill(block, name + ".", self.block_groups(i), device)
         missing = [n for n, p in block.named_parameters() if p.is_meta]
         if missing:
             raise CompressError(f"{self.name}: {name} lacks {', '.join(missing)} (not in any safetensors file)")
-        unfuse_experts(block)
+        if unfuse_experts(block) and (wide := [n for n in originals if n.endswith(("gate_up_proj", "down_proj"))]):
+            raise CompressError(f"{self.name}: {name}.{wide[0]} is {str(stored[wide[0]])[6:]}, which {str(self.dtype)[6:]} cannot hold; use --dtype float32")
         for buffer_name, buffer in block.named_buffers():
             parent, _, leaf = buffer_name.rpartition(".")
             setattr(block.get_submodule(parent), leaf, buffer.to(device))
-        block.stored = {n: stored.get(n, self.stored_dtype) for n in block.state_dict()}
+        fused = lambda n: re.sub(r"\.\d+\.(gate_up_proj|down_proj)\.weight$", r".\1", n)  # noqa: E731  experts.3.down_proj.weight → experts.down_proj
+        block.stored = {n: stored.get(n) or stored.get(fused(n), self.stored_dtype) for n in block.state_dict()}
+        block.originals = originals
         return block.eval()
 
     def load_outer(self, device: torch.device | str = "cpu", *, embeddings: bool = True, head: bool = True) -> nn.Module:
@@ -216,6 +227,10 @@ class Checkpoint:
         self._fill(model, "", groups, device)
         if tied:
             model.tie_weights()
+        known = {g.target for g in self.outer_groups()}
+        lacking = [n for n, p in model.named_parameters() if p.is_meta and n not in known and not n.startswith(self.blocks_path + ".")]
+        if lacking:  # torch multiplies by a meta tensor without a word and returns whatever lay in memory
+            raise CompressError(f"{self.name}: the checkpoint lacks {', '.join(lacking)} (not in any safetensors file)")
         for buffer_name, buffer in model.named_buffers():
             if not buffer_name.startswith(self.blocks_path + "."):
                 parent, _, leaf = buffer_name.rpartition(".")
@@ -239,6 +254,17 @@ class Checkpoint:
         return digests
 
 
+def dominant_dtype(entries: dict[str, Entry]) -> torch.dtype:
+    """The float type that most weights are stored in; a model may keep a few (router biases, norms) wider."""
+    counts: dict[torch.dtype, int] = {}
+    for e in entries.values():
+        if e.dtype.is_floating_point:
+            counts[e.dtype] = counts.get(e.dtype, 0) + torch.Size(e.shape).numel()
+    if not counts:
+        raise CompressError("the weight files hold no floating-point tensor: not a model that can be compressed")
+    return max(counts, key=lambda d: counts[d])
+
+
 def _tied(model: nn.Module) -> bool:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and head.weight is embedding.weight
@@ -250,7 +276,7 @@ def read_headers(path: Path) -> dict[str, Entry]:
     if index.is_file():
         try:
             listed = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CompressError(f"{index}: not a safetensors index ({error})") from error
         for name in listed:
             if Path(name).name != name:
@@ -263,7 +289,7 @@ def read_headers(path: Path) -> dict[str, Entry]:
         if pickles:
             raise CompressError(f"{path}: only pickled weights ({', '.join(sorted(pickles)[:3])}); pickles can run code and are refused: convert "
                                 "with transformers (model.save_pretrained(folder)) or download the safetensors version")  # fmt: skip
-        raise CompressError(f"{path}: no *.safetensors file in this folder")
+        raise CompressError(f"{path}: not a model folder: no *.safetensors file; give a folder with config.json and *.safetensors, or a hub id")
     entries: dict[str, Entry] = {}
     for file in files:
         try:

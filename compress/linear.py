@@ -49,9 +49,9 @@ def in_features(module: nn.Module) -> int:
     return module.weight.shape[0 if isinstance(module, Conv1D) else 1]
 
 
-def get_weight(module: nn.Module) -> Tensor:
-    """The weight as [out, in] fp32. GPT-2's Conv1D stores it transposed."""
-    W = module.weight.detach()
+def get_weight(module: nn.Module, original: Tensor | None = None) -> Tensor:
+    """The weight as [out, in] fp32, from `original` where the module holds a coarser copy. GPT-2's Conv1D stores it transposed."""
+    W = module.weight.detach() if original is None else original.to(module.weight.device)
     return (W.T if isinstance(module, Conv1D) else W).float().contiguous()
 
 

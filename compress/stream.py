@@ -8,15 +8,21 @@ once more to turn hidden states into logits. Between the two, only one block is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .calibration import hidden
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
+
+
+tensor_here = object()  # marks the place of the kept tensor among the leaves of an output
 
 
 class Reached(Exception):
@@ -37,6 +43,17 @@ class StandIn(nn.Module):
         return self.act(args, kwargs)
 
 
+@dataclass
+class Kept:
+    """What a finished part of a block gave for every window: its one tensor, and the structure around it."""
+
+    store: Tensor | None = None
+    spec: TreeSpec | None = None
+    leaves: list | None = None
+    rows: set[int] = field(default_factory=set)
+    refused: bool = False  # more than one tensor, or not one row a window: computed again at every pass
+
+
 class Stream:
     """Hidden states [n, seqlen, width] of `tokens` [n, seqlen] in front of block `at`."""
 
@@ -46,7 +63,9 @@ class Stream:
         self.at, self.is_tuple = 0, False
         self.calls: list[list[tuple]] = [[] for _ in range(source.num_blocks)]  # [block][batch] → (args, kwargs) without the hidden state
         self._seen: list[Tensor] = []
-        self.hidden = self._enter(folder)
+        self._frozen: dict[str, Kept] = {}
+        self.folder = folder
+        self.hidden = self._enter()
 
     def batches(self) -> Iterator[slice]:
         for start in range(0, len(self.tokens), self.batch):
@@ -55,11 +74,12 @@ class Stream:
     # ---- in front of the blocks
 
     @torch.no_grad()
-    def _enter(self, folder: Path | None) -> Tensor:
+    def _enter(self) -> Tensor:
         outer = self.source.load_outer(self.device, head=False)
         base = getattr(outer, outer.base_model_prefix, outer)
         blocks = outer.get_submodule(self.source.blocks_path)
         originals, states = list(blocks), None
+        self.is_tuple = self._returns_tuple(base, blocks)
         for rows in self.batches():
             first: list[Tensor] = []
 
@@ -75,9 +95,23 @@ class Stream:
             mask = None if self.mask is None else self.mask[rows].to(self.device).long()
             base(input_ids=self.tokens[rows].to(self.device), attention_mask=mask, use_cache=False)
             if states is None:
-                states = hidden.allocate((len(self.tokens), *first[0].shape[1:]), first[0].dtype, folder)
+                states = hidden.allocate((len(self.tokens), *first[0].shape[1:]), first[0].dtype, self.folder)
             states[rows] = first[0]
         return states
+
+    def _returns_tuple(self, base: nn.Module, blocks: nn.ModuleList) -> bool:
+        """Does a block return (hidden, …) or the hidden state? Asked of block 0 with the first window; some models take out[0] unseen."""
+        real, kind = self.source.load_block(0, self.device), []
+
+        def act(args, kwargs):
+            kind.append(isinstance(real(*args, **kwargs), tuple))
+            raise Reached
+
+        original, blocks[0] = blocks[0], StandIn(blocks[0], act)
+        with suppress(Reached):
+            base(input_ids=self.tokens[:1].to(self.device), use_cache=False)
+        blocks[0] = original
+        return kind[0]
 
     def _intern(self, value):
         """Equal tensors are kept once: without padding every batch and most blocks share theirs."""
@@ -94,14 +128,44 @@ class Stream:
     @torch.no_grad()
     def forward(self, block: nn.Module, rows: slice, call: tuple) -> Tensor:
         args, kwargs = call
-        out = block(self.hidden[rows].to(self.device), *args, **kwargs)
+        originals = {name: block.get_submodule(name) for name in self._frozen}
+        for name, child in originals.items():
+            setattr(block, name, StandIn(child, partial(self._replay, name, child, rows)))
+        try:
+            out = block(self.hidden[rows].to(self.device, copy=True), *args, **kwargs)
+        finally:
+            for name, child in originals.items():
+                setattr(block, name, child)
         return out[0] if isinstance(out, tuple) else out
+
+    def freeze(self, name: str) -> None:
+        """Child `name` of the current block is final: the next pass remembers its output, later passes do not compute it again."""
+        self._frozen.setdefault(name, Kept())
+
+    def _replay(self, name: str, child: nn.Module, rows: slice, args: tuple, kwargs: dict):
+        kept = self._frozen[name]
+        if rows.start in kept.rows:
+            tensor = kept.store[rows].to(self.device, copy=True)
+            return tree_unflatten([tensor if leaf is tensor_here else leaf for leaf in kept.leaves], kept.spec)
+        out = child(*args, **kwargs)
+        leaves, spec = tree_flatten(out)
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        if kept.refused or len(tensors) != 1 or len(tensors[0]) != len(self.tokens[rows]):
+            kept.refused = True
+            return out
+        if kept.store is None:
+            kept.store = hidden.allocate((len(self.tokens), *tensors[0].shape[1:]), tensors[0].dtype, self.folder)
+            kept.leaves, kept.spec = [tensor_here if isinstance(t, Tensor) else t for t in leaves], spec
+        kept.store[rows] = tensors[0]
+        kept.rows.add(rows.start)
+        return out
 
     def advance(self, block: nn.Module) -> None:
         """Replace the hidden states by the block's outputs."""
         for rows, call in zip(self.batches(), self.calls[self.at], strict=True):
             self.hidden[rows] = self.forward(block, rows, call)
         self.calls[self.at] = []
+        self._frozen.clear()
         self.at += 1
 
     def collect(self, block: nn.Module, sites: dict[str, str]) -> dict[str, Stats]:
@@ -133,10 +197,8 @@ class Stream:
         try:
             for rows, call in zip(self.batches(), self.calls[self.at], strict=True):
                 valid[0] = None if self.mask is None else self.mask[rows].to(self.device)
-                try:
+                with suppress(Reached):
                     self.forward(block, rows, call)
-                except Reached:
-                    pass
         finally:
             for handle in handles:
                 handle.remove()

@@ -1,13 +1,16 @@
 """Verify: is what lies on disk what was compressed? Reads the folder only, in a process that did not write it.
 
-Every tensor is hashed and compared with the manifest (name, dtype, shape, SHA-256), every format rebuilt and checked for NaN, its bits against
-the plan; then the probe tokens run through the model as it lies on disk, block by block, and the logits must be those of the model that was in
+Every tensor and every shard's header is hashed and compared with the manifest (name, dtype, shape, SHA-256, so no byte of a shard can change
+unseen), the manifest and the index with what the shards say of themselves; every format is rebuilt and checked for NaN, its bits against the
+plan; then the probe tokens run through the model as it lies on disk, block by block, and the logits must be those of the model that was in
 memory when the artifact was made.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .artifact import PROBE, Manifest, read_manifest, sha256
+from .artifact import INDEX, MANIFEST, PROBE, Manifest, differences, fingerprint, head_sha256, read_manifest, sha256
 from .checkpoint import Checkpoint, Group, read_headers
 from .errors import CompressError
 from .formats import build
@@ -47,6 +50,8 @@ class ArtifactCheckpoint(Checkpoint):
         super().__init__(str(folder), dtype=getattr(torch, manifest.run["dtype"]))
 
     def _check_config(self) -> None:
+        if getattr(self.config, "quantization_config", {}).get("quant_method") != "compress":
+            raise CompressError(f"{self.name}: config.json has no quantization_config of method compress: transformers would not load this artifact")
         del self.config.quantization_config  # the skeleton is the original's; the formats come from the manifest
 
     @property
@@ -84,6 +89,8 @@ def verify(path: str | Path) -> Verification:
 
 
 def _files(folder: Path, manifest: Manifest, result: Verification) -> None:
+    """Every byte of every shard: tensors and headers."""
+    headers: dict[str, dict] = {}
     for shard in sorted({t.shard for t in manifest.tensors.values()}):
         expected = {name: t for name, t in manifest.tensors.items() if t.shard == shard}
         try:
@@ -100,10 +107,39 @@ def _files(folder: Path, manifest: Manifest, result: Verification) -> None:
                         result.problems.append(f"{name}: its bytes in {shard} are not those that were written (SHA-256 differs)")
                     elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         result.problems.append(f"{name}: holds NaN or Inf")
+                if head_sha256(folder / shard) != manifest.shards.get(shard):
+                    result.problems.append(f"{shard}: its header is not the one that was written (SHA-256 differs); it holds {_some(expected)}")
+                else:
+                    headers[shard] = json.loads(f.metadata()["compress"])
         except FileNotFoundError:
-            result.problems.append(f"{shard}: missing, with {len(expected)} tensors, {next(iter(sorted(expected)))} first")
+            result.problems.append(f"{shard}: missing; it holds {_some(expected)}")
         except (SafetensorError, OSError) as error:
-            result.problems.append(f"{shard}: corrupt or truncated ({error}); it holds {', '.join(sorted(expected)[:3])} and {max(0, len(expected) - 3)} more")
+            result.problems.append(f"{shard}: corrupt or truncated ({error}); it holds {_some(expected)}")
+    if result.ok:
+        _records(folder, manifest, headers, result)
+
+
+def _records(folder: Path, manifest: Manifest, headers: dict[str, dict], result: Verification) -> None:
+    """The manifest and the index that transformers reads, against what the shards say of themselves."""
+    weights = {name: t for name, t in manifest.tensors.items() if t.shard != PROBE}
+    layers = {name: record for h in headers.values() for name, record in h["layers"].items()}
+    stored = sum(torch.Size(t.shape).numel() * getattr(torch, t.dtype).itemsize for t in weights.values())
+    found = {"layers": layers, "runs": sorted({h["fingerprint"] for h in headers.values()}),
+             "totals": {"bytes": stored, "linear_bytes": sum(r["bytes"] for r in layers.values())}}  # fmt: skip
+    listed = {"layers": {name: r.model_dump() for name, r in manifest.layers.items()}, "runs": [fingerprint(manifest.run)],
+              "totals": {k: manifest.totals.get(k) for k in found["totals"]}}  # fmt: skip
+    result.problems += [f"{MANIFEST} is not what the shards say: {d}" for d in differences(found, listed)]
+    try:
+        index = json.loads((folder / INDEX).read_text())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        result.problems.append(f"{INDEX}: missing or damaged ({error}): transformers would not find the shards")
+    else:
+        result.problems += [f"{INDEX} is not what {MANIFEST} says: {d}" for d in differences({n: t.shard for n, t in weights.items()}, index)]
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *more = sorted(names)
+    return f"{first} and {len(more)} more tensors"
 
 
 def _formats(folder: Path, manifest: Manifest, result: Verification) -> None:

@@ -76,6 +76,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
     name = source.block_name(i)
     sites = sites_of(source, block, stream or probe)
     plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
+    waiting = set(plan)
     for stage in stages(block, [s for s in sites if any(p in plan for p in s.linears)], recipe.true_sequential):
         stats: dict[str, Stats] = {}
         started = time.perf_counter()
@@ -91,7 +92,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                 method_name, method = plan[path]
                 where = f"{name}.{path}"
                 module = block.get_submodule(path)
-                W = get_weight(module)
+                W = get_weight(module, block.originals.get(f"{path}.weight"))
                 if seen is None:
                     seen = Stats(torch.eye(W.shape[1], device=W.device))
                     if stream is not None:
@@ -111,6 +112,11 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                 if seen.dropped:
                     seen.note("tokens dropped", f"{seen.dropped} of {seen.dropped + seen.count} rows of the input were NaN or Inf")
                 fallbacks.extend({"what": f["what"], "where": f"{name}.{site.name}", "count": 1, "detail": f["detail"]} for f in seen.fallbacks)
+        done = {p for s in stage for p in s.linears}
+        waiting -= done
+        if stream is not None and waiting:  # children with nothing left to compress need not be computed at every later pass
+            for child in {p.partition(".")[0] for p in done if "." in p} - {p.partition(".")[0] for p in waiting}:
+                stream.freeze(child)
 
 
 def sites_of(source: Checkpoint, block: nn.Module, stream: Stream) -> tuple[Site, ...]:
@@ -149,7 +155,7 @@ def _tensors(block: nn.Module, name: str, formats: dict[str, Format]) -> dict[st
         path, _, leaf = local.rpartition(".")
         if leaf == "weight" and path in formats:
             continue
-        tensors[f"{name}.{local}"] = value.to(block.stored[local])
+        tensors[f"{name}.{local}"] = block.originals.get(local, value).to(block.stored[local])
     return tensors
 
 

@@ -19,7 +19,7 @@ import compress
 from compress.errors import CompressError
 
 
-def measure(path: str, *, new_tokens: int = 64, prompt_tokens: int = 32, dtype: torch.dtype | None = None,
+def measure(path: str, *, new_tokens: int = 64, prompt_tokens: int = 32, dtype: torch.dtype | str | None = None,
             device: str = "cpu") -> dict:
     """{"decode_tokens_per_second", "prefill_tokens_per_second", "peak_bytes", "load_seconds"} of the model at `path`.
 
@@ -70,7 +70,7 @@ def _resident(field: str) -> int:
     """Bytes resident now (VmRSS) or at most (VmHWM); not Linux's ru_maxrss, which a child inherits from its parent."""
     if Path("/proc/self/status").exists():
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-    import resource     # macOS: in bytes, and only ever the peak, so the difference is how far the model raised it
+    import resource  # macOS: in bytes, and only ever the peak, so the difference is how far the model raised it
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 

@@ -7,8 +7,9 @@ most 255 in magnitude and therefore EXACT in bf16 and fp16, and s multiplies the
 the kernel more accurate than a dense bf16 matrix. Partial sums are added in one fixed order, without atomics: the same input gives the same
 bits on every run.
 
-What it costs: each code is fetched by itself (a word, two when 3, 5, 6 or 7 bits straddle) and shifted into place, about as many
-instructions a weight as GPTQ-triton. It reads the codes as they lie on disk and nothing else; tensor-core fragment layouts are another file.
+What it costs: each code is fetched by itself (a word, two when 3, 5, 6 or 7 bits straddle) and shifted into place, so a GPU runs out of
+instructions before it runs out of bandwidth; dispatch measures where that still beats dense. It reads the codes as they lie on disk and
+nothing else; tensor-core fragment layouts are another file.
 """
 
 import torch
@@ -20,26 +21,26 @@ from ..formats import Format, IntGroup
 from ..formats.int_group import symmetric_zero
 
 INTERPRET = triton.knobs.runtime.interpret  # fixed when the kernel below is decorated; its bf16 arithmetic is on raw bits: silent garbage
-LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def _matmul(x, codes, scales, zeros, bias, y, M, N, words, groups, stride, zero_bytes, K: tl.constexpr, GROUP: tl.constexpr,
+def _matmul(x, codes, scales, zeros, bias, y, M, N, words, stride, zero_bytes, K: tl.constexpr, GROUP: tl.constexpr,
             BITS: tl.constexpr, TERNARY: tl.constexpr, ZERO: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """ZERO: the implied zero point, None when `zeros` holds packed ones. EXACT: fp32 operands, which is also what the interpreter needs."""
     MASK: tl.constexpr = (1 << BITS) - 1
+    GROUPS: tl.constexpr = K // GROUP
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m_in, n_in = m < M, n < N
     row = codes + n[:, None].to(tl.int64) * words  # [BN, 1]
     acc = tl.zeros((BN, BM), tl.float32)  # yᵀ: the weights are the tall operand, x the narrow one
-    for g in range(0, groups):
-        scale = tl.load(scales + n * groups + g, n_in, 0.0).to(tl.float32)
+    for g in range(0, GROUPS):
+        scale = tl.load(scales + n * GROUPS + g, n_in, 0.0).to(tl.float32)
         zero = ZERO
         if ZERO is None:
-            start = (n * groups + g) * BITS  # zero points are one bit stream over [out, groups]
+            start = (n * GROUPS + g) * BITS  # zero points are one bit stream over [out, groups]
             byte = start // 8
             zero = tl.load(zeros + byte, n_in, 0).to(tl.int32)
             if 8 % BITS:
@@ -90,11 +91,17 @@ def supports(format: Format, x: Tensor) -> str | None:
     return None
 
 
-def tiles(m: int, n: int, group: int) -> dict[str, int]:
-    """Tile sizes: enough programs for a GPU when M is small, and as little padding of odd groups as the tensor core's k ≥ 16 allows."""
-    fits = [bk for bk in (64, 32, 16) if group % bk == 0]
-    return {"BM": 16 if m <= 16 else 32 if m <= 32 else 64, "BN": 64 if m > 16 or n > 8192 else 32,
-            "BK": fits[0] if fits else 16 if group < 32 else 64 if group > 256 else 32}  # fmt: skip
+def tiles(m: int, group: int) -> dict[str, int]:
+    """Tile sizes that spill no register in bf16 and fp16 on sm_90, whatever the code; K tiles that divide the group if any do."""
+    widest = 64 if m <= 16 else 32
+    divisors = [bk for bk in (64, 32, 16) if bk <= widest and group % bk == 0]
+    return {"BM": 16 if m <= 16 else 32 if m <= 32 else 64, "BN": 32 if m <= 16 else 64,
+            "BK": divisors[0] if divisors else widest if group > 256 else 16}  # fmt: skip
+
+
+def launch(m: int) -> dict:
+    """The compiler's options. Two stages keep shared memory under 48 KB, which every GPU has; FP fusion is said because its default moves."""
+    return {"num_warps": 4 if m <= 16 else 8, "num_stages": 2, "enable_fp_fusion": True}
 
 
 def constants(format: IntGroup, m: int, dtype: torch.dtype, bias: bool) -> dict:
@@ -102,7 +109,7 @@ def constants(format: IntGroup, m: int, dtype: torch.dtype, bias: bool) -> dict:
     ternary = format.levels == 3
     zero = symmetric_zero(format.bits_per_code, format.levels) if format.zeros is None else None
     return {"K": format.shape[1], "GROUP": format.group_size, "BITS": format.bits_per_code, "TERNARY": ternary, "ZERO": zero,
-            "BIAS": bias, "EXACT": INTERPRET or dtype == torch.float32} | tiles(m, format.shape[0], format.group_size)  # fmt: skip
+            "BIAS": bias, "EXACT": INTERPRET or dtype == torch.float32} | tiles(m, format.group_size)  # fmt: skip
 
 
 def matmul(x: Tensor, format: IntGroup, bias: Tensor | None = None) -> Tensor:
@@ -117,6 +124,6 @@ def matmul(x: Tensor, format: IntGroup, bias: Tensor | None = None) -> Tensor:
         grid = (triton.cdiv(N, const["BN"]), triton.cdiv(M, const["BM"]))
         zeros = format.zeros
         with torch.cuda.device_of(x):
-            _matmul[grid](x, format.codes, format.scales, zeros, bias, y, M, N, format.codes.stride(0), format.groups, x.stride(0),
-                          0 if zeros is None else zeros.numel(), **const, **LAUNCH)  # fmt: skip
+            _matmul[grid](x, format.codes, format.scales, zeros, bias, y, M, N, format.codes.stride(0), x.stride(0),
+                          0 if zeros is None else zeros.numel(), **const, **launch(M))  # fmt: skip
     return y.to(x.dtype).view(*lead, N)

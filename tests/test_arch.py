@@ -3,6 +3,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import TINY, save_tiny, tiny_model
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
@@ -10,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from compress.arch import ARCHS, LINEARS, Arch, Site, arch_of, find_blocks, infer, infer_sites, table_entry
 from compress.errors import CompressError
 from compress.experts import UnfusedExperts, fused_experts, unfuse_experts
-from tiny import TINY, save_tiny, tiny_model
 
 IDS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 

@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is decorated, so before the import below
 pytest.importorskip("triton")
 
-from compress.formats import Dense, IntGroup, Product, Sum, Transformed  # noqa: E402
-from compress.kernels import bench, cpu_int, dispatch, reference, triton_int, tune  # noqa: E402
+from compress.kernels import bench, cpu_int, dispatch, reference, triton_int, tune
+
+from compress.formats import Dense, IntGroup, Product, Sum, Transformed
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,7 +117,8 @@ from compress.kernels import triton_int
 names, report = triton_int._matmul.arg_names, []
 pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
 for bits, levels, group, sym, m, dtype in [(4, 16, 128, False, 1, "bfloat16"), (4, 16, 128, True, 16, "bfloat16"), (3, 8, 128, False, 64, "bfloat16"),
-        (8, 256, 4096, True, 32, "float16"), (2, 3, 128, True, 16, "bfloat16"), (5, 32, 64, False, 64, "float16"), (7, 128, 25, False, 4, "float32")]:
+        (8, 256, 4096, True, 32, "float16"), (2, 3, 128, True, 16, "bfloat16"), (5, 32, 64, False, 64, "float16"), (7, 128, 25, False, 4, "bfloat16"),
+        (6, 64, 32, True, 256, "float16")]:
     K = 4096 if 4096 % group == 0 else 4000
     dtype = getattr(torch, dtype)
     format = IntGroup.planned((4096, K), bits, group, sym, torch.bfloat16, levels)
@@ -125,13 +127,13 @@ for bits, levels, group, sym, m, dtype in [(4, 16, 128, False, 1, "bfloat16"), (
     signature = {name: "constexpr" if name in const else kinds.get(name, "i32") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     kernel = triton.compile(ASTSource(fn=triton_int._matmul, signature=signature, constexprs={(names.index(k),): v for k, v in const.items()}, attrs=aligned),
-                            target=GPUTarget("cuda", 90, 32), options=triton_int.LAUNCH)
+                            target=GPUTarget("cuda", 90, 32), options=triton_int.launch(m))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage = subprocess.run([str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"), "-res-usage", file.name],
                                capture_output=True, text=True, check=True).stdout
     report.append({"name": f"{format.describe()} m{m} {dtype}", "usage": usage, "smem": kernel.metadata.shared,
-                   "tensor cores": "wgmma" in kernel.asm["ptx"] or "mma.sync" in kernel.asm["ptx"], "exact": dtype == torch.float32})
+                   "tensor cores": "wgmma.mma" in kernel.asm["ptx"] or "mma.sync" in kernel.asm["ptx"]})
 print(json.dumps(report))
 """
 
@@ -143,11 +145,11 @@ def test_compiles_for_sm90_without_spills_and_with_tensor_cores(tmp_path):
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
-    assert len(report) == 7
+    assert len(report) == 8
     for kernel in report:
         assert "STACK:0 " in kernel["usage"] and "LOCAL:0 " in kernel["usage"], kernel  # registers spill to the stack
-        assert kernel["tensor cores"] or kernel["exact"], kernel["name"]
-        assert kernel["smem"] <= 64 * 1024, kernel["name"]  # fits any GPU, not only Hopper
+        assert kernel["tensor cores"], kernel["name"]
+        assert kernel["smem"] <= 48 * 1024, kernel["name"]  # what every GPU has, not only Hopper
 
 
 # ---------------------------------------------------------------- CPU
@@ -160,11 +162,11 @@ def test_cpu_pack_holds_the_same_weight(bits, levels, asym):
     for out, n, group in [(37, 192, 96), (16, 256, 256), (33, 512, 512), (48, 512, 128), (20, 256, 32), (37, 48, 48)]:
         format, x = make(out, n, bits, group, asym, levels), torch.eye(n).to(BF16)
         if why := cpu_int.supports(format, x):
-            assert bits > 4 and (group != n or asym) or group % 32, why
+            assert (bits > 4 and (group != n or asym)) or group % 32, why
             continue
         W, ours = format.dequantize(BF16), cpu_int.matmul(x, cpu_int.prepare(format)).T
-        if bits == 4 and asym:  # the op's offset is one bf16 a group: half a unit in the last place of at most 8 scales
-            bound = 8 * 2**-9 * format.scales.float().repeat_interleave(group, dim=1)
+        if bits == 4 and asym:  # the op's offset, up to 8 scales, is one bf16 a group: half a unit in the last place is 2⁻⁸ of it
+            bound = 8 * 2**-8 * format.scales.float().repeat_interleave(group, dim=1)
             assert ((ours.float() - format.dequantize()).abs() <= bound + 2**-8 * W.float().abs()).all()
         else:
             assert torch.equal(ours, W)
@@ -294,7 +296,7 @@ def test_dense_policy_is_the_dequantized_matrix_in_every_dtype(races):
     for dtype in (BF16, FP16, FP32):
         x = inputs(3, 512, dtype)
         assert torch.equal(dispatch.matmul(x, format, bias, {}, policy="dense"), F.linear(x, format.dequantize(dtype), bias.to(dtype)))
-        assert torch.equal(dispatch.matmul(x, format, bias, {}, policy="reference"), reference.matmul(x, format, bias).to(dtype))
+        assert torch.equal(dispatch.matmul(x, format, bias, {}, policy="reference"), reference.matmul(x, format, bias.to(dtype)).to(dtype))
     assert not races
 
 

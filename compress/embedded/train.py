@@ -3,6 +3,9 @@
 A byte-level BPE and a Llama (arXiv 2302.13971: RMSNorm, RoPE, SwiGLU, grouped queries) on the standard library's sources. Weights and
 AdamW's state stay fp32; autocast runs the GEMMs in bf16, about seven times faster on an AVX512-BF16 core; the saved weights are rounded to
 bf16 once. The clock only chooses the number of steps, during warm-up: `--steps N` repeats a run without it.
+
+On a shared machine set OMP_NUM_THREADS to the idle cores or OMP_WAIT_POLICY=PASSIVE: threads that spin while a sibling is descheduled burnt two
+thirds of the CPU time here (0.93 CPU seconds a step with two threads on two busy cores, 0.30 with one or with passive waiting).
 """
 import argparse
 import json
@@ -133,16 +136,16 @@ Use it to try and test compression offline. Do not use it to write code.
 | architecture | LlamaForCausalLM, {layers} blocks, hidden {hidden}, {heads} query / {kv} key-value heads of {head_dim}, intermediate {intermediate}, tied embeddings, bf16 |
 | tokenizer | byte-level BPE, {vocab} tokens, trained on the same modules; no normalizer, every text round-trips |
 | data | standard library of Python {python}: {train_modules} modules, {train_tokens:,} tokens; held out: {heldout_modules} modules, {heldout_tokens:,} tokens |
-| training | {steps} steps of {batch} x {window} tokens = {tokens_seen:,} tokens ({epochs:.1f} epochs), {minutes:.1f} minutes on {threads} CPU threads, torch {torch}, transformers {transformers} |
+| training | {steps} steps of {batch} x {window} tokens = {tokens_seen:,} tokens ({epochs:.1f} epochs), {minutes:.1f} minutes with OMP_NUM_THREADS={threads}, torch {torch}, transformers {transformers} |
 | optimizer | AdamW, peak {lr:g}, {warmup} steps of warm-up, cosine to 0, weight decay {decay:g}, clip {clip:g}, seed {seed}; fp32 master weights, bf16 autocast |
 | held-out perplexity | **{perplexity:.3f}** ({loss:.4f} nats a token, {bits_per_byte:.3f} bits a byte; windows of {window}, saved bf16 weights, fp32 arithmetic); training modules: {train_perplexity:.3f} on {train_windows} windows |
 
 Made with
 
-    python -m compress.embedded.train --steps {steps}
+    OMP_NUM_THREADS={threads} python -m compress.embedded.train --steps {steps}
 
-`compress/embedded/corpus.py` names the modules: the ones a SHA-256 of the path holds out
-({percent} in 100) were seen by neither the model nor the tokenizer. Tests, generated tables (`encodings`, `pydoc_data`) and build settings are left out.
+`compress/embedded/corpus.py` names the modules: the ones a SHA-256 of the path holds out ({percent} in 100) were seen by neither the model nor the
+tokenizer. Tests, generated tables (`encodings`, `pydoc_data`) and build settings are left out.
 
 ## Limits
 

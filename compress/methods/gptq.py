@@ -4,7 +4,9 @@
     for column i:   q = Π(W_i),   e = (W_i − q) / U_ii,   W_{j>i} −= e · U_ij
 
 The paper is Frantar et al., arXiv 2210.17323. What we do differently: the grids are fitted before the sweep on the original weights (static
-groups), so columns may be solved in any order without a group index at inference; the clip of each group is searched in the norm of diag(H);
+groups), so columns may be solved in any order without a group index at inference; the clip of each group is searched with the price that the sweep
+itself puts on an error in column j, 1/U_jj² (all later columns compensating), and a power above 2, because the weights that meet the grid have
+taken up the errors of the columns before them and reach further than the originals;
 U comes from one Cholesky factorization of the reversed H, shared by all layers that read the same input. Columns are kept as contiguous rows
 of Wᵀ. Cost: n² (m + n/3) multiply-adds for W [m, n]. With H = I it is round-to-nearest, bit for bit; Σe² is the damped error, exactly.
 """
@@ -17,11 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import Stats
+from ..calibration.statistics import Factor, Stats
 from ..errors import CompressError
 from ..formats import IntGroup
 from ..formats.int_group import check_group_size
 from . import grid
+from .descent import descend
 from .options import IntOptions
 
 
@@ -30,6 +33,7 @@ class GPTQ(IntOptions):
     act_order: bool = True  # solve the columns with the loudest input first
     static_groups: bool = True  # fit every grid before the sweep; False refits each group on the compensated weights (needs act_order false)
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
+    sweeps: int = 0  # rounds of coordinate descent on the codes after the column sweep; 0: plain GPTQ
     block_size: int = 128  # columns between two updates of all later columns; changes the time, not the result
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -53,13 +57,15 @@ class GPTQ(IntOptions):
         factor = stats.factor(self.damp, self.act_order)
         U, order = factor.U, factor.order
         W = weight.masked_fill(stats.dead, 0)  # an input that is always zero has no say
-        h = stats.hessian.diagonal().view(-1, size)
-        fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype)  # noqa: E731  W [m, groups, size]
+        h = torch.empty_like(U[0]).index_copy_(0, order, U.diagonal() ** -2).view(-1, size)
+        power = 3 if self.levels > 4 else 4
+        fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype, power)  # noqa: E731  W [m, groups, size]
         g = fit(W.view(m, -1, size), h)
         scale, zero = g.scale.T.contiguous(), g.zero.T.contiguous()  # [groups, m]
         group_of = (order // size).tolist()
 
         W = W.T[order].contiguous()  # [n, m], one column of the paper a row, in solving order
+        original = W.clone() if self.sweeps else W
         codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
         loss = torch.zeros((), dtype=torch.float64, device=W.device)
         for start in range(0, n, self.block_size):
@@ -78,9 +84,19 @@ class GPTQ(IntOptions):
                 block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
             W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
             loss += E.double().square().sum()
+        if self.sweeps and not factor.failed:
+            loss = self._descend(codes, original, stats, factor, g, scale, zero, group_of)
         restored = torch.empty_like(codes)
         restored[order] = codes
         return restored.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), loss
+
+    def _descend(self, codes: Tensor, W: Tensor, stats: Stats, factor: Factor, g: grid.Grid, scale: Tensor, zero: Tensor, group_of: list[int]) -> Tensor:
+        Hd = stats.damped(factor)
+        index = torch.tensor(group_of, device=W.device)
+        Q = (codes.to(W.dtype) - zero[index]) * scale[index]
+        descend(Q, codes, W, Hd, g, scale, zero, group_of, self.sweeps, self.block_size)
+        D = Q - W
+        return ((Hd @ D) * D).sum(dtype=torch.float64)
 
     @staticmethod
     def _refit(fit, W: Tensor, E: Tensor, U: Tensor, h: Tensor, start: int, i: int, size: int, scale: Tensor, zero: Tensor, k: int) -> None:

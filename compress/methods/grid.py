@@ -4,8 +4,8 @@
 
 Asymmetric grids span min … max of a group (zero included), symmetric ones −2^(b−1) … 2^(b−1)−1 around zero, `sym="full"` lets the scale take
 the sign of the largest weight so that the one extra negative level is never wasted (the Q4_0 idea). Clipping shrinks the span to trade the
-error of few large weights against the resolution of all others: by Σ|ŵ−w|^2.4 (GPTQ, arXiv 2210.17323) or by Σ_j H_jj (ŵ_j−w_j)², which knows
-how loud each input is. Scales are rounded to their storage dtype BEFORE any code is chosen.
+error of few large weights against the resolution of all others: by Σ|ŵ−w|^2.4 (GPTQ's, arXiv 2210.17323) or by Σ_j h_j |ŵ_j−w_j|^p with h_j what an error
+in column j costs. Scales are rounded to their storage dtype BEFORE any code is chosen.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ class Grid:
         return (w / scale + zero).round_().clamp_(0, self.levels - 1)
 
 
-def fit(W: Tensor, levels: int, bits: int, sym: Sym, clip: Clip, weight: Tensor | None, scale_dtype: torch.dtype) -> Grid:
-    """The grid of each group of W [out, groups, group_size] (fp32); `weight` [groups, group_size] is diag(H) for clip="hessian"."""
+def fit(W: Tensor, levels: int, bits: int, sym: Sym, clip: Clip, weight: Tensor | None, scale_dtype: torch.dtype, power: int = 2) -> Grid:
+    """The grid of each group of W [out, groups, group_size] (fp32); for clip="hessian", `weight` [groups, group_size] is h and `power` is p."""
     out, groups, size = W.shape
     rows = max(1, CHUNK // (groups * size))
-    parts = [_fit(W[r : r + rows], levels, bits, sym, clip, weight, scale_dtype) for r in range(0, out, rows)]
+    parts = [_fit(W[r : r + rows], levels, bits, sym, clip, weight, scale_dtype, power) for r in range(0, out, rows)]
     scale, zero = (torch.cat(p) for p in zip(*parts, strict=True))
     return Grid(scale, zero, levels)
 
 
-def _fit(W: Tensor, levels: int, bits: int, sym: Sym, clip: Clip, weight: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fit(W: Tensor, levels: int, bits: int, sym: Sym, clip: Clip, weight: Tensor | None, dtype: torch.dtype, power: int) -> tuple[Tensor, Tensor]:
     low, high = W.amin(-1).clamp(max=0), W.amax(-1).clamp(min=0)
     scale, zero = _span(W, low, high, levels, bits, sym, dtype, 1.0)
     if clip == "none":
         return scale, zero
-    best = _damage(W, scale, zero, levels, clip, weight)
+    best = _damage(W, scale, zero, levels, clip, weight, power)
     for shrink in _shrinks(levels):
         s, z = _span(W, low, high, levels, bits, sym, dtype, shrink)
-        damage = _damage(W, s, z, levels, clip, weight)
+        damage = _damage(W, s, z, levels, clip, weight, power)
         better = damage < best
         best, scale, zero = torch.where(better, damage, best), torch.where(better, s, scale), torch.where(better, z, zero)
     return scale, zero
@@ -81,7 +81,7 @@ def _span(W: Tensor, low: Tensor, high: Tensor, levels: int, bits: int, sym: Sym
     return scale, zero if sym else (-zero / scale).round_().clamp_(0, levels - 1)
 
 
-def _damage(W: Tensor, scale: Tensor, zero: Tensor, levels: int, clip: Clip, weight: Tensor | None) -> Tensor:
+def _damage(W: Tensor, scale: Tensor, zero: Tensor, levels: int, clip: Clip, weight: Tensor | None, power: int) -> Tensor:
     s, z = scale[..., None], zero[..., None]
     error = (W / s).add_(z).round_().clamp_(0, levels - 1).sub_(z).mul_(s).sub_(W)
-    return error.square_().mul_(weight).sum(-1) if clip == "hessian" else error.abs_().pow_(2.4).sum(-1)
+    return error.abs_().pow_(power).mul_(weight).sum(-1) if clip == "hessian" else error.abs_().pow_(2.4).sum(-1)
