@@ -11,11 +11,11 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
-from . import hf as _hf  # noqa: E402,F401  registers the quantizer, so that AutoModelForCausalLM.from_pretrained(artifact) works
-from .api import Report, evaluate, inspect, load, plan, run, verify  # noqa: E402
-from .errors import CompressError  # noqa: E402
-from .recipe import Recipe, Step  # noqa: E402
-from .version import __version__  # noqa: E402
+from . import hf as _hf  # noqa: F401  registers the quantizer, so that AutoModelForCausalLM.from_pretrained(artifact) works
+from .api import Report, evaluate, inspect, load, plan, run, verify
+from .errors import CompressError
+from .recipe import Recipe, Step
+from .version import __version__
 
 # The fifth verb shares its name with the folder eval/, whose modules are imported by now: `from compress.eval.compare import compare` still works.
 eval = evaluate

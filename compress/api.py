@@ -86,7 +86,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)  # refuses bad group sizes before anything is written
     fallbacks = [{"what": "pattern matches nothing", "where": p, "count": 1, "detail": "no linear of this model has such a path"}
                  for p in preflight.unmatched(chosen, planned.layers)]  # fmt: skip
-    needs = any(chosen.step_for(layer.name).build().needs for layer in planned.layers if layer.method)
+    needs = any(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None)
     data = None
     if needs:
         data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
@@ -289,7 +289,7 @@ class _log:
         self.path = log_path(folder)
 
     def __enter__(self):
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self.file = open(self.path, "a", encoding="utf-8")
         self._write({"event": "start", "time": time.time(), "command": sys.argv, "machine": platform.platform(), "cpus": os.cpu_count(),
                      "torch": torch.__version__, "compress": __version__})  # fmt: skip
         return self

@@ -143,7 +143,7 @@ def table_entry(model: nn.Module) -> Arch | None:
     """The entry of this model's config in ARCHS. None if there is none, or if the blocks are kept elsewhere (a language
     model inside a multimodal one)."""
     config = getattr(model, "config", None)
-    for arch in ARCHS.get(getattr(config, "model_type", None), ()):
+    for arch in ARCHS.get(getattr(config, "model_type", ""), ()):
         if all(getattr(config, key) == value for key, value in arch.when):
             return arch if arch.blocks in dict(model.named_modules()) else None
     return None
@@ -199,7 +199,7 @@ def infer_sites(block: nn.Module, run: Callable[[], object]) -> tuple[Site, ...]
     for path, read in calls.items():
         readers.setdefault(tuple(read), []).append(path)
     expert = re.compile(rf"({'|'.join(map(re.escape, _repeats(block)))})\.\d+\.")
-    sites = {}
+    sites: dict[tuple[str, ...], Site] = {}
     for paths in readers.values():
         if len({match and match.group() for match in map(expert.match, paths)}) == 1:  # all below one expert, or none
             paths = [expert.sub(r"\1.*.", path, count=1) for path in paths]
@@ -221,7 +221,8 @@ def infer(model: nn.Module, input_ids: Tensor | None = None) -> Arch:
         input_ids = torch.arange(16, device=next(model.parameters()).device)[None]  # [1, 16]: any model has 16 tokens
     kinds = {tuple(path for path, m in block.named_modules() if isinstance(m, LINEARS)): block
              for block in model.get_submodule(blocks)}
-    sites, skip = [], {}
+    sites: list[Site] = []
+    skip: dict[str, None] = {}
     for block in kinds.values():
         with torch.no_grad():
             found = infer_sites(block, lambda: model(input_ids))

@@ -275,8 +275,9 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise CompressError(f"{folder}: no such folder")
     if not file.is_file():
-        unfinished = (folder / PARTIAL).is_file()
-        raise CompressError(f"{folder}: {'an unfinished run: give the same `compress run` command again to finish it' if unfinished else f'not an artifact: {MANIFEST} is missing'}")  # fmt: skip
+        if (folder / PARTIAL).is_file():
+            raise CompressError(f"{folder}: an unfinished run: give the same `compress run` command again to finish it")
+        raise CompressError(f"{folder}: not an artifact: {MANIFEST} is missing")
     try:
         data = json.loads(file.read_text())
         if data.get("format_version", 0) > FORMAT_VERSION:

@@ -137,7 +137,7 @@ class Checkpoint:
                 self.unknown.append(key)  # e.g. multi-token-prediction layers: kept in the artifact under their own names
                 continue
             group = found.get(target) or Group(target, (), by_pattern.get(pattern))
-            found[target] = Group(target, group.sources + ((key, pattern or key),), group.converter)
+            found[target] = Group(target, (*group.sources, (key, pattern or key)), group.converter)
         return found
 
     def block_groups(self, i: int) -> list[Group]:
@@ -212,7 +212,7 @@ class Checkpoint:
         for buffer_name, buffer in block.named_buffers():
             parent, _, leaf = buffer_name.rpartition(".")
             setattr(block.get_submodule(parent), leaf, buffer.to(device))
-        fused = lambda n: re.sub(r"\.\d+\.(gate_up_proj|down_proj)\.weight$", r".\1", n)  # noqa: E731  experts.3.down_proj.weight → experts.down_proj
+        fused = lambda n: re.sub(r"\.\d+\.(gate_up_proj|down_proj)\.weight$", r".\1", n)  # experts.3.down_proj.weight → experts.down_proj
         block.stored = {n: stored.get(n) or stored.get(fused(n), self.stored_dtype) for n in block.state_dict()}
         block.originals = originals
         return block.eval()

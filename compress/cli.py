@@ -11,19 +11,21 @@ from typing import Annotated, Any, NoReturn
 import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import api, demo, recipe
 from .artifact import PARTIAL
+from .calibration.data import SPECS
 from .errors import CompressError
-from .methods import METHODS
+from .methods import describe
 from .version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Post-training compression of Hugging Face transformers.\n\nStart with [bold]compress demo[/bold], "
                        "or: compress run MODEL --recipe w4-gptq -o OUT && compress eval OUT --reference MODEL")  # fmt: skip
 out = Console()
-UsageError = typer.BadParameter.__base__  # click's own, which newer versions of typer bring along under another name
+UsageError: Any = typer.BadParameter.__base__  # click's own, which newer versions of typer bring along under another name
 
 Model = Annotated[str, typer.Argument(help="A local model folder or a hub id, e.g. Qwen/Qwen3-0.6B")]
 Artifact = Annotated[str, typer.Argument(help="An artifact folder made by `compress run`")]
@@ -69,7 +71,8 @@ def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, sa
     out.print(table)
     out.print(f"{p.model} with {p.recipe}: {size(p.bytes_before)} → {size(p.bytes_after)}, {p.linear_bits:.2f} bits per compressed weight, "
               f"{p.model_bits:.2f} over all {p.parameters / 1e6:.1f} M parameters", highlight=False)  # fmt: skip
-    out.print(f"peak RAM about {size(p.peak_ram)} above the interpreter, disk {size(p.disk)}, time about {duration(p.seconds)} on this machine", highlight=False)
+    out.print(f"peak RAM about {size(p.peak_ram)} above the interpreter, disk {size(p.disk)}, time about {duration(p.seconds)} on this machine",
+              highlight=False)  # fmt: skip
     for warning in p.warnings:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
     save(json_, p.to_json())
@@ -77,7 +80,7 @@ def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, sa
 
 @app.command()
 def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help="Folder of the artifact")], recipe: RecipeName = "w4-gptq",
-        calibration: Annotated[str, typer.Option("--calibration", "-c", help="SPEC: wikitext2, ptb, c4, stdlib, self, file:PATH, hf:NAME[:CONFIG][:SPLIT][:COLUMN]")] = "stdlib",
+        calibration: Annotated[str, typer.Option("--calibration", "-c", help=f"SPEC: {', '.join(SPECS)}")] = "stdlib",
         set_: Settings = None, samples: Samples = 128, seqlen: Seqlen = 512, seed: Seed = 0,
         pack: Annotated[bool, typer.Option("--pack/--documents", help="Fill windows across documents, or one document a window")] = True,
         chat_template: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template to `messages`")] = False,
@@ -90,7 +93,8 @@ def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help
     compress run Qwen/Qwen3-0.6B --recipe w4-gptq --calibration wikitext2 -o out --set gptq.bits=3
     """
     report = api.run(model, recipe, calibration, output, settings=set_, samples=samples, seqlen=seqlen, seed=seed, pack=pack,
-                     chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite, trust_remote_code=trust_remote_code)  # fmt: skip
+                     chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
+                     trust_remote_code=trust_remote_code)  # fmt: skip
     out.print(str(report), highlight=False, soft_wrap=True)
     _fallbacks(report.fallbacks)
     out.print(f"next: compress verify {output} && compress eval {output} --reference {model}", highlight=False, soft_wrap=True)
@@ -156,7 +160,8 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
     seconds = api.seconds_by_layer(Path(path))
     table = Table("layer", "method", "format", "bits", "bytes", "error", "tokens", "seconds")
     for name, r in manifest.layers.items():
-        table.add_row(name, r.method, r.describe, f"{r.bits:.3f}", f"{r.bytes}", f"{r.error:.3e}", f"{r.tokens}", f"{seconds[name]:.2f}" if name in seconds else "–")
+        table.add_row(name, r.method, r.describe, f"{r.bits:.3f}", f"{r.bytes}", f"{r.error:.3e}", f"{r.tokens}",
+                      f"{seconds[name]:.2f}" if name in seconds else "–")  # fmt: skip
     out.print(table)
     t = manifest.totals
     out.print(f"{size(t['source_bytes'])} → {size(t['bytes'])}, {t['linear_bits']:.3f} bits per compressed weight, {t['model_bits']:.3f} over the model; "
@@ -168,16 +173,15 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
 
 
 def _methods(json_: Path | None) -> None:
-    table = Table("method", "what it does", "options (default)")
-    listed = {}
-    for name, cls in METHODS.items():
-        module = sys.modules[cls.__module__]
-        about = " ".join((module.__doc__ or "").split("\n\n")[0].split())
-        options = {f.name: f.default for f in dataclasses.fields(cls)}
-        listed[name] = {"about": about, "options": options}
-        table.add_row(name, about, ", ".join(f"{k}={v}" for k, v in options.items()))
-    out.print(table)
-    save(json_, listed)
+    described = describe()
+    for method in described:
+        out.print(f"{method['name']}: {method['about']}", highlight=False, markup=False)
+        table = Table("option", "default", "values", "what it does")
+        for o in method["options"]:
+            table.add_row(*(escape(str(o[key])) for key in ("name", "default", "values", "help")))
+        out.print(table)
+    save(json_, {m["name"]: {"about": m["about"], "options": {o["name"]: o["default"] for o in m["options"]},
+                             "help": {o["name"]: o["help"] for o in m["options"]}} for m in described})  # fmt: skip
 
 
 @app.command()

@@ -18,7 +18,7 @@ WINDOWS = 32  # evaluation windows of 512 tokens, from modules of the standard l
 def demo(output: Path, recipe: str, out: Console) -> dict[str, Any]:
     """Round to nearest, then `recipe`, on the embedded model; verify and evaluate both. Returns the figures as JSON."""
     model = str(model_path())
-    result = {}
+    result: dict[str, Any] = {}
     table = Table("", "weights", "bits/weight", "perplexity", "KL to original", "top-1", "seconds")
     for name, folder in (("w4-rtn", output.with_name(output.name + "-rtn")), (recipe, output)):
         out.print(f"compress run {model} --recipe {name} -o {folder}", style="bold", highlight=False, soft_wrap=True)
@@ -30,8 +30,9 @@ def demo(output: Path, recipe: str, out: Console) -> dict[str, Any]:
         if not result:
             ref = figures["reference"]
             table.add_row("original (bf16)", f"{ref['bytes'] / 1e6:.2f} MB", "16", f"{ref['perplexity']['token']:.3f}", "0", "1", "")
-        table.add_row(name, f"{figures['bytes'] / 1e6:.2f} MB", f"{figures['bits_per_weight']['linear']:.2f}", f"{figures['perplexity']['token']:.3f}",
-                      f"{figures['kl']['mean']:.5f} ± {figures['kl']['stderr']:.5f}", f"{figures['top1']['agreement']:.4f}", f"{report.seconds:.1f}")  # fmt: skip
+        table.add_row(name, f"{figures['bytes'] / 1e6:.2f} MB", f"{figures['bits_per_weight']['linear']:.2f}",
+                      f"{figures['perplexity']['token']:.3f}", f"{figures['kl']['mean']:.5f} ± {figures['kl']['stderr']:.5f}",
+                      f"{figures['top1']['agreement']:.4f}", f"{report.seconds:.1f}")  # fmt: skip
         result[name] = {"run": report.to_json(), "eval": figures, "verify_kl": checked.kl}
     out.print(table)
     out.print(f"verified: every tensor's SHA-256, and the logits of the model on disk; evaluated on {WINDOWS} windows of 512 tokens of held-out modules.\n"

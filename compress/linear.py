@@ -35,8 +35,21 @@ class CompressedLinear(nn.Module):
         return build(self.meta, {name: getattr(self, name) for name in self.tensor_names})
 
     def _apply(self, fn, recurse=True):
-        self.cache.clear()  # prepared tensors belong to the old device
-        return super()._apply(fn, recurse)
+        """Moves between devices, but keeps the stored dtypes: .half() must not round scales that were rounded once already."""
+        self.cache.clear()
+        before = {name: getattr(self, name) for name in self.tensor_names}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if (now := getattr(self, name)).dtype != tensor.dtype:
+                setattr(self, name, tensor.to(now.device))
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.cache.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return {**self.__dict__, "cache": {}}  # prepared kernels are closures over this process
 
     def forward(self, x: Tensor) -> Tensor:
         return dispatch.matmul(x, self.format, self.bias, self.cache, policy=self.policy, memory=self.memory)

@@ -69,7 +69,8 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True) -> Plan:
     """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
     rows, stored, itemsize = [], source.stored_dtype, source.stored_dtype.itemsize
-    work, tokens, n_max, block_work = 0.0, samples * seqlen, 0, {}
+    work, tokens, n_max = 0.0, samples * seqlen, 0
+    block_work: dict[int, set[int]] = {}
     for name, i, (m, n) in linears(source):
         step = recipe.step_for(name)
         if step is None:

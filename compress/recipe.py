@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class Recipe(BaseModel):
         return recipe
 
 
-def nearest(name: str, valid) -> str:
+def nearest(name: object, valid: Iterable[object]) -> str:
     """`; valid: a, b` and `, did you mean a?` for an error line."""
     close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1)
     return (f", did you mean {close[0]}?" if close else "") + f" (valid: {', '.join(sorted(str(v) for v in valid))})"

@@ -21,10 +21,6 @@ from .calibration import hidden
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 
-
-tensor_here = object()  # marks the place of the kept tensor among the leaves of an output
-
-
 class Reached(Exception):
     """Raised by a hook when the forward has gone as far as it needs to."""
 
@@ -45,13 +41,35 @@ class StandIn(nn.Module):
 
 @dataclass
 class Kept:
-    """What a finished part of a block gave for every window: its one tensor, and the structure around it."""
+    """What spares a finished part of a block from being computed again, for every window.
+
+    Its output; or, where its last linear makes its output (attention ends in o_proj), the input of that linear, which is known before the linear
+    is compressed: then attention itself runs once a block and not once more for every later site.
+    """
 
     store: Tensor | None = None
+    ends_in: nn.Linear | None = None  # store holds this module's inputs
     spec: TreeSpec | None = None
     leaves: list | None = None
+    at: int | None = None  # which leaf is the tensor
     rows: set[int] = field(default_factory=set)
     refused: bool = False  # more than one tensor, or not one row a window: computed again at every pass
+
+    def put(self, rows: slice, tensor: Tensor, windows: int, folder: Path | None) -> None:
+        if self.store is None:
+            self.store = hidden.allocate((windows, *tensor.shape[1:]), tensor.dtype, folder)
+        self.store[rows] = tensor
+        self.rows.add(rows.start)
+
+    def shape_of(self, out) -> bool:
+        """Remember the structure of an output that holds exactly one tensor."""
+        leaves, self.spec = tree_flatten(out)
+        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.at = next((i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+        return sum(isinstance(leaf, Tensor) for leaf in leaves) == 1
+
+    def output(self, tensor: Tensor):
+        return tree_unflatten([tensor if i == self.at else leaf for i, leaf in enumerate(self.leaves)], self.spec)
 
 
 class Stream:
@@ -64,6 +82,7 @@ class Stream:
         self.calls: list[list[tuple]] = [[] for _ in range(source.num_blocks)]  # [block][batch] → (args, kwargs) without the hidden state
         self._seen: list[Tensor] = []
         self._frozen: dict[str, Kept] = {}
+        self._inputs = Kept()  # of the module that the last single-site pass stopped at
         self.folder = folder
         self.hidden = self._enter()
 
@@ -138,26 +157,32 @@ class Stream:
                 setattr(block, name, child)
         return out[0] if isinstance(out, tuple) else out
 
-    def freeze(self, name: str) -> None:
-        """Child `name` of the current block is final: the next pass remembers its output, later passes do not compute it again."""
-        self._frozen.setdefault(name, Kept())
+    def freeze(self, block: nn.Module, name: str, last: str | None = None) -> None:
+        """Child `name` of the current block is final: later passes do not compute it again. `last` is the linear whose inputs were kept, if any."""
+        kept, self._inputs = self._inputs, Kept()
+        if last is None or not self._ends_in(block, name, last, kept):
+            kept = Kept()
+        self._frozen[name] = kept
+
+    def _ends_in(self, block: nn.Module, name: str, last: str, kept: Kept) -> bool:
+        """Does child `name` give out what its linear `last` makes of the inputs kept? Tried on the first batch, to the bit."""
+        if len(kept.rows) < len(self.calls[self.at]):
+            return False
+        rows, out, kept.ends_in = next(self.batches()), [], block.get_submodule(last)
+        handle = block.get_submodule(name).register_forward_hook(lambda module, args, result: out.append(result))
+        self.forward(block, rows, self.calls[self.at][0])
+        handle.remove()
+        return kept.shape_of(out[0]) and torch.equal(tree_flatten(out[0])[0][kept.at], kept.ends_in(kept.store[rows].to(self.device)))
 
     def _replay(self, name: str, child: nn.Module, rows: slice, args: tuple, kwargs: dict):
         kept = self._frozen[name]
         if rows.start in kept.rows:
             tensor = kept.store[rows].to(self.device, copy=True)
-            return tree_unflatten([tensor if leaf is tensor_here else leaf for leaf in kept.leaves], kept.spec)
+            return kept.output(kept.ends_in(tensor) if kept.ends_in is not None else tensor)
         out = child(*args, **kwargs)
-        leaves, spec = tree_flatten(out)
-        tensors = [t for t in leaves if isinstance(t, Tensor)]
-        if kept.refused or len(tensors) != 1 or len(tensors[0]) != len(self.tokens[rows]):
-            kept.refused = True
-            return out
-        if kept.store is None:
-            kept.store = hidden.allocate((len(self.tokens), *tensors[0].shape[1:]), tensors[0].dtype, self.folder)
-            kept.leaves, kept.spec = [tensor_here if isinstance(t, Tensor) else t for t in leaves], spec
-        kept.store[rows] = tensors[0]
-        kept.rows.add(rows.start)
+        kept.refused = kept.refused or not kept.shape_of(out) or len(tree_flatten(out)[0][kept.at]) != len(self.tokens[rows])
+        if not kept.refused:
+            kept.put(rows, tree_flatten(out)[0][kept.at], len(self.tokens), self.folder)
         return out
 
     def advance(self, block: nn.Module) -> None:
@@ -168,13 +193,15 @@ class Stream:
         self._frozen.clear()
         self.at += 1
 
-    def collect(self, block: nn.Module, sites: dict[str, str]) -> dict[str, Stats]:
+    def collect(self, block: nn.Module, sites: dict[str, str], *, keep: bool = False) -> dict[str, Stats]:
         """Second moments of the inputs of several modules in one pass: {name: module path in the block} → {name: Stats}.
 
-        With a single site the forward stops as soon as its input is known.
+        With a single site the forward stops as soon as its input is known; `keep` remembers that input for `freeze`.
         """
         stats: dict[str, Stats] = {}
         valid: list[Tensor | None] = [None]
+        rows_now: list[slice] = [slice(0, 0)]
+        self._inputs = Kept()
 
         def hook(name: str):
             def pre(module, args):
@@ -189,6 +216,8 @@ class Stream:
                         site.note("padding not excluded", "the tokens of a routed expert do not tell which are padding")
                 site.add(x)
                 if len(sites) == 1:
+                    if keep and len(args[0]) == len(self.tokens[rows_now[0]]):
+                        self._inputs.put(rows_now[0], args[0], len(self.tokens), self.folder)
                     raise Reached
 
             return pre
@@ -196,7 +225,7 @@ class Stream:
         handles = [block.get_submodule(path).register_forward_pre_hook(hook(name)) for name, path in sites.items()]
         try:
             for rows, call in zip(self.batches(), self.calls[self.at], strict=True):
-                valid[0] = None if self.mask is None else self.mask[rows].to(self.device)
+                rows_now[0], valid[0] = rows, None if self.mask is None else self.mask[rows].to(self.device)
                 with suppress(Reached):
                     self.forward(block, rows, call)
         finally:

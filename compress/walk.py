@@ -80,8 +80,11 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
     for stage in stages(block, [s for s in sites if any(p in plan for p in s.linears)], recipe.true_sequential):
         stats: dict[str, Stats] = {}
         started = time.perf_counter()
+        done = {p for s in stage for p in s.linears}
+        waiting -= done
+        final = {p.partition(".")[0] for p in done if "." in p} - {p.partition(".")[0] for p in waiting} if waiting else set()
         if stream is not None:
-            stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage})
+            stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage}, keep=bool(final))
         shared = (time.perf_counter() - started) / sum(p in plan for s in stage for p in s.linears)
         for site in stage:
             seen = stats.pop(site.name, None)
@@ -112,11 +115,9 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                 if seen.dropped:
                     seen.note("tokens dropped", f"{seen.dropped} of {seen.dropped + seen.count} rows of the input were NaN or Inf")
                 fallbacks.extend({"what": f["what"], "where": f"{name}.{site.name}", "count": 1, "detail": f["detail"]} for f in seen.fallbacks)
-        done = {p for s in stage for p in s.linears}
-        waiting -= done
-        if stream is not None and waiting:  # children with nothing left to compress need not be computed at every later pass
-            for child in {p.partition(".")[0] for p in done if "." in p} - {p.partition(".")[0] for p in waiting}:
-                stream.freeze(child)
+        if stream is not None:
+            for child in final:  # nothing in it is left to compress, so later passes need not compute it again
+                stream.freeze(block, child, stage[-1].linears[-1] if len(final) == 1 else None)
 
 
 def sites_of(source: Checkpoint, block: nn.Module, stream: Stream) -> tuple[Site, ...]:
@@ -132,7 +133,8 @@ def stages(block: nn.Module, sites: list[Site], true_sequential: bool) -> Iterat
     """Sites whose statistics are gathered in one pass: one site each, all experts of a kind together, as many as fit in STATS_LIMIT."""
     kind = (lambda s: re.sub(r"\d+", "*", s.name)) if true_sequential else (lambda s: None)
     for _, group in groupby(sites, key=kind):
-        stage, size = [], 0
+        stage: list[Site] = []
+        size = 0
         for site in group:
             need = 4 * in_features(block.get_submodule(site.linears[0])) ** 2
             if stage and size + need > STATS_LIMIT:
@@ -174,11 +176,12 @@ def copy_outer(source: Checkpoint, writer: Writer, headers: dict[str, dict]) -> 
         size += nbytes
     for k, names in enumerate(shards):
         shard = f"outer-{k:05d}"
-        headers[shard] = writer.header(shard)
-        if headers[shard] is None:
+        header = writer.header(shard)
+        if header is None:
             tensors: dict[str, Tensor] = {}
             for name in names:
                 tensors |= source.read(groups[name]) if name in groups else {name: source.read_stored(name)}
             kept = [{"what": "kept as it is", "where": name, "count": 1, "detail": "the model class does not know this tensor"}
                     for name in names if name not in groups]  # fmt: skip
-            headers[shard] = writer.commit(shard, tensors, {}, kept)
+            header = writer.commit(shard, tensors, {}, kept)
+        headers[shard] = header

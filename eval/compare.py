@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 
 import torch
-from compress.calibration.data import CalibrationSet
 from torch import Tensor
 
+from compress.calibration.data import CalibrationSet
 from compress.errors import CompressError
 
 SLICE = 2**22       # logits in one fp32 working copy: 16 MiB, 27 positions of a vocabulary of 152k; more is slower

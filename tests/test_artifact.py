@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from compress.calibration.data import CalibrationSet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress import CompressError
 from compress.artifact import INDEX, MANIFEST, PARTIAL, PROBE, Writer, differences, head_sha256, sha256
+from compress.calibration.data import CalibrationSet
 from compress.linear import CompressedLinear
 
 LAYER = "model.layers.1.mlp.up_proj"

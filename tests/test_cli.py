@@ -121,6 +121,15 @@ def test_inspect(work, tmp_path, capsys):
     assert shown == manifest and set(seconds) == set(manifest["layers"]) and "no fallbacks" in capsys.readouterr().out
 
 
+def test_inspect_with_a_damaged_log(work, tmp_path):
+    """A full disk cuts a line short, the next run appends to it."""
+    out, log = Path(shutil.copytree(work.done, tmp_path / "out")), tmp_path / "out.log.jsonl"
+    log.write_text('{"event": "layer", "name": "x", "se{"event": "start"}\n\nnoise}\n' + (work.root / "done.log.jsonl").read_text() + '{"event": "la')
+    assert main("inspect", out, "--json", tmp_path / "i.json") == 0
+    shown = json.loads((tmp_path / "i.json").read_text())
+    assert shown["seconds"].keys() == shown["layers"].keys()
+
+
 def test_inspect_methods(tmp_path, capsys):
     assert main("inspect", "--methods", "--json", tmp_path / "m.json") == 0
     methods = json.loads((tmp_path / "m.json").read_text())

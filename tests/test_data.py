@@ -8,10 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from compress.calibration.data import SPECS, load_calibration
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compress.calibration.data import SPECS, load_calibration
 from compress.errors import CompressError
 
 TEXT = "\n\n".join(f"Paragraph {i} says: the square of {i} is {i * i}, naïve as it sounds." for i in range(200))

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
 from compress.calibration.data import CalibrationSet, load_calibration
+from compress.errors import CompressError
 from compress.eval import compare as compare_module
 from compress.eval import speed
 from compress.eval.compare import compare, logits_of
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-from compress.errors import CompressError
 
 N, SEQLEN, VOCAB = 5, 9, 23
 YARDSTICK = Path(os.environ.get("COMPRESS_YARDSTICK") or Path(__file__).parents[2] / "shared" / "yardstick")

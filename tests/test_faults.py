@@ -263,8 +263,8 @@ RUST = SafetensorError("Error while serializing: I/O error: No space left on dev
 
 
 @pytest.mark.parametrize("error, module, name, at", [
-    (RUST, artifact, "save_file", 0), (RUST, artifact, "save_file", 4), (FULL, os, "fsync", 0), (QUOTA, os, "fsync", 9), (FULL, os, "replace", 0), (FULL, os, "replace", 6),
-    (QUOTA, shutil, "copyfile", 1), (FULL, Path, "chmod", 2),
+    (RUST, artifact, "save_file", 0), (RUST, artifact, "save_file", 4), (FULL, os, "fsync", 0), (QUOTA, os, "fsync", 9),
+    (FULL, os, "replace", 0), (FULL, os, "replace", 6), (QUOTA, shutil, "copyfile", 1), (FULL, Path, "chmod", 2),
 ], ids=lambda x: getattr(x, "__name__", None) or str(x))
 def test_full_at_any_call(error, module, name, at, work, tmp_path, monkeypatch, capsys):
     out, real, calls = tmp_path / "out", getattr(module, name), []

@@ -15,9 +15,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is decorated, so before the import below
 pytest.importorskip("triton")
 
-from compress.kernels import bench, cpu_int, dispatch, reference, triton_int, tune
-
 from compress.formats import Dense, IntGroup, Product, Sum, Transformed
+from compress.kernels import bench, cpu_int, dispatch, reference, triton_int, tune
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

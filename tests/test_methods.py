@@ -118,7 +118,7 @@ def slow_fit(w, levels, bits, sym, dtype):
     return s, float(z)
 
 
-@pytest.mark.parametrize(("bits", "sym"), list(itertools.product([2, 3, 4, 8], [False, True, "full"])) + [(1, True), ("ternary", True)])
+@pytest.mark.parametrize(("bits", "sym"), [*itertools.product([2, 3, 4, 8], [False, True, "full"]), (1, True), ("ternary", True)])
 def test_min_max_grid_against_plain_python(bits, sym):
     options = IntOptions(bits=bits, sym=sym)
     W = weight(6, 64).view(6, 2, 32)
@@ -279,5 +279,5 @@ def test_options_that_contradict_each_other_are_refused():
         GPTQ(act_order=True, static_groups=False)
     with pytest.raises(CompressError, match="set sym to true"):
         RTN(bits=1)
-    with pytest.raises(CompressError, match="in_features 64 is not a multiple of group_size 48; use .*16.*32.*64"):
+    with pytest.raises(CompressError, match=r"in_features 64 is not a multiple of group_size 48; use .*16.*32.*64"):
         GPTQ(group_size=48)(weight(), stats_of(correlated()), stored=torch.bfloat16)

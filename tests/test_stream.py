@@ -8,6 +8,7 @@ from compress.calibration import hidden
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.stream import Stream
+from compress.walk import sites_of
 
 TOKENS = torch.randint(1, 256, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -47,18 +48,29 @@ def test_padded_windows_equal_the_plain_forward_with_a_mask(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_frozen_child_changes_no_bit(name, tmp_path):
+def test_freezing_a_finished_child_changes_no_bit(name, tmp_path):
+    """Attention frozen by its output, and by the input of its last linear: the block gives the same bits, without running attention again."""
     save_tiny(name, tmp_path)
     source = Checkpoint(str(tmp_path))
-    a, b = Stream(source, TOKENS, batch=2), Stream(source, TOKENS, batch=2)
+    plain, by_output, by_input = (Stream(source, TOKENS, batch=2) for _ in range(3))
     for i in range(2):
         block = source.load_block(i)
-        children = [n for n, m in block.named_children() if any(p.dim() == 2 for p in m.parameters()) and not hasattr(m, "weight")]
-        b.freeze(children[0])
-        list(map(lambda rows: b.forward(block, rows, b.calls[b.at][rows.start // 2]), b.batches()))
-        a.advance(block)
-        b.advance(block)
-        assert torch.equal(a.hidden, b.hidden)
+        out = next(p for s in sites_of(source, block, plain) if s.name == "attn.output" for p in s.linears)
+        child = out.partition(".")[0]
+        by_output.freeze(block, child)
+        by_output.collect(block, {"again": out})
+        by_input.collect(block, {"attn.output": out}, keep=True)
+        by_input.freeze(block, child, out)
+        calls = []
+        handle = block.get_submodule(child).register_forward_hook(lambda *a, calls=calls: calls.append(1))
+        for _ in range(2):
+            outputs = [torch.cat([s.forward(block, r, c) for r, c in zip(s.batches(), s.calls[i], strict=True)]) for s in (plain, by_output, by_input)]
+            assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+        handle.remove()
+        if by_input._frozen[child].ends_in is not None:
+            assert len(calls) == 6 + 3  # twice through all three batches for `plain`, once for `by_output`, never for `by_input`
+        for s in (plain, by_output, by_input):
+            s.advance(block)
 
 
 def test_sharded_and_single_file_checkpoints_read_alike(tmp_path):

@@ -1,6 +1,7 @@
-"""The embedded default model: a 3.8M-parameter Llama trained on the standard library, so every command has something to compress offline.
+"""The embedded default model: a 3.8M-parameter Llama, so every command has something to compress offline.
 
-`corpus.py` is the text, `train.py` made the weights from it, `model/` is the result with its card. It exists to be compressed, not to be good.
+`corpus.py` is the text (the standard library), `train.py` made the weights from it, `model/` is the result with its
+card. It exists to be compressed, not to be good.
 """
 from pathlib import Path
 

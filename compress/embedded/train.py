@@ -1,11 +1,13 @@
 """Train the embedded model from nothing but this Python: `python -m compress.embedded.train --minutes 15`.
 
-A byte-level BPE and a Llama (arXiv 2302.13971: RMSNorm, RoPE, SwiGLU, grouped queries) on the standard library's sources. Weights and
-AdamW's state stay fp32; autocast runs the GEMMs in bf16, about seven times faster on an AVX512-BF16 core; the saved weights are rounded to
-bf16 once. The clock only chooses the number of steps, during warm-up: `--steps N` repeats a run without it.
+A byte-level BPE and a Llama (arXiv 2302.13971: RMSNorm, RoPE, SwiGLU) on the standard library's sources. Weights and
+AdamW's state stay fp32; autocast runs the GEMMs in bf16, about seven times faster on an AVX512-BF16 core; the saved
+weights are rounded to bf16 once. The clock only chooses the number of steps, during warm-up, so `--steps N` with the
+same OMP_NUM_THREADS repeats a run byte for byte.
 
-On a shared machine set OMP_NUM_THREADS to the idle cores or OMP_WAIT_POLICY=PASSIVE: threads that spin while a sibling is descheduled burnt two
-thirds of the CPU time here (0.93 CPU seconds a step with two threads on two busy cores, 0.30 with one or with passive waiting).
+On a shared machine set OMP_NUM_THREADS to the idle cores, or OMP_WAIT_POLICY=PASSIVE: threads that spin while a sibling
+is descheduled burnt two thirds of the CPU time (a step took 0.93 CPU seconds with two threads on two busy cores, 0.30
+with one or with passive waiting).
 """
 import argparse
 import json
@@ -29,9 +31,10 @@ PEAK_LR, WEIGHT_DECAY, CLIP, SEED = 2e-3, 0.1, 1.0, 0
 END = "<|endoftext|>"       # token 0: starts every document, ends the last
 
 CONFIG = LlamaConfig(       # every width is a multiple of 128, the usual quantization group
-    vocab_size=4096, hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
-    max_position_embeddings=1024, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True,
-    bos_token_id=0, eos_token_id=0, attn_implementation="eager")    # compiled, 11 % faster a step here than SDPA's CPU flash; not saved
+    vocab_size=4096, hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=0, eos_token_id=0,
+    attn_implementation="eager")    # compiled, a step is 11 % faster than with SDPA's CPU flash; not saved
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -39,10 +42,11 @@ def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(vocab_size=CONFIG.vocab_size, special_tokens=[END], show_progress=False,
-                                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, clean_up_tokenization_spaces=False,
-                                   model_max_length=CONFIG.max_position_embeddings)
+    tokenizer.train_from_iterator(documents, trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END,
+                                   clean_up_tokenization_spaces=False, model_max_length=CONFIG.max_position_embeddings)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Tensor:
@@ -70,21 +74,23 @@ def batches(stream: Tensor, generator: torch.Generator):
     while True:
         offset = int(torch.randint(WINDOW, (), generator=generator))
         windows = stream[offset:].unfold(0, WINDOW + 1, WINDOW)
-        for index in torch.randperm(len(windows), generator=generator).split(BATCH)[:-1]:     # one shape: a ragged batch would recompile
+        order = torch.randperm(len(windows), generator=generator)
+        for index in order[:len(order) // BATCH * BATCH].split(BATCH):     # whole batches: a ragged one recompiles
             yield windows[index]
 
 
 def learning_rate(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine to zero."""
-    return PEAK_LR * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * max(step - WARMUP, 0) / max(steps - WARMUP, 1)))
+    progress = max(step - WARMUP, 0) / max(steps - WARMUP, 1)
+    return PEAK_LR * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, minutes: float, steps: int | None) -> int:
     """Train in place and return the number of steps."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=vectors, weight_decay=0.0)],
-                                  lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     @torch.compile
     def loss_of(window: Tensor) -> Tensor:
@@ -99,11 +105,11 @@ def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, minutes: flo
         if step == WARMUP // 2 and steps is None:
             now = time.perf_counter()
             steps = max(WARMUP, step + int((start + minutes * 60 - now) * (step - 10) / (now - after_compile)))
-            print(f"{minutes:g} minutes are {steps} steps here: repeat this run with --steps {steps}", flush=True)
+            print(f"{minutes:g} minutes are {steps} steps here: --steps {steps} repeats this run", flush=True)
         if step == steps:
             return steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps or 2 * WARMUP)      # the same during warm-up, whatever steps will be
+            group["lr"] = learning_rate(step, steps or 2 * WARMUP)      # warm-up is the same whatever steps will be
         loss = loss_of(window)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -114,85 +120,97 @@ def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, minutes: flo
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 val = loss_on(model, heldout, 16)
             rate = (step - 9) / (time.perf_counter() - after_compile)
-            print(f"step {step + 1}/{steps}  train {smooth:.4f}  val {val:.4f}  grad {norm:.2f}  lr {optimizer.param_groups[0]['lr']:.2e}  "
+            print(f"step {step + 1}/{steps}  train {smooth:.4f}  val {val:.4f}  grad {norm:.2f}  lr {group['lr']:.2e}  "
                   f"{rate * BATCH * WINDOW:.0f} tok/s  ETA {(steps - step - 1) / rate / 60:.1f} min", flush=True)
 
 
 CARD = """---
 license: apache-2.0
-language: code
 library_name: transformers
 pipeline_tag: text-generation
 tags: [llama, python, fixture, compression]
 ---
 # compress embedded model
 
-A {parameters:,}-parameter Llama that writes something like Python. It is a fixture: the default model of `compress`, small enough to travel
-inside the package ({megabytes:.2f} MB with its tokenizer), large enough that quantization, pruning and low-rank error show up in its perplexity.
-Use it to try and test compression offline. Do not use it to write code.
+A {parameters:,}-parameter Llama that writes something like Python. It is a fixture: the default model of `compress`,
+small enough to travel inside the package ({megabytes:.2f} MB with its tokenizer), large enough that quantization,
+pruning and low-rank error show up in its perplexity. Use it to try and test compression offline. Do not use it to
+write code.
 
-| | |
-|---|---|
-| architecture | LlamaForCausalLM, {layers} blocks, hidden {hidden}, {heads} query / {kv} key-value heads of {head_dim}, intermediate {intermediate}, tied embeddings, bf16 |
-| tokenizer | byte-level BPE, {vocab} tokens, trained on the same modules; no normalizer, every text round-trips |
-| data | standard library of Python {python}: {train_modules} modules, {train_tokens:,} tokens; held out: {heldout_modules} modules, {heldout_tokens:,} tokens |
-| training | {steps} steps of {batch} x {window} tokens = {tokens_seen:,} tokens ({epochs:.1f} epochs), {minutes:.1f} minutes with OMP_NUM_THREADS={threads}, torch {torch}, transformers {transformers} |
-| optimizer | AdamW, peak {lr:g}, {warmup} steps of warm-up, cosine to 0, weight decay {decay:g}, clip {clip:g}, seed {seed}; fp32 master weights, bf16 autocast |
-| held-out perplexity | **{perplexity:.3f}** ({loss:.4f} nats a token, {bits_per_byte:.3f} bits a byte; windows of {window}, saved bf16 weights, fp32 arithmetic); training modules: {train_perplexity:.3f} on {train_windows} windows |
+- **Architecture**: LlamaForCausalLM, {layers} blocks, hidden {hidden}, intermediate {intermediate},
+  {heads} query / {kv} key-value heads of {head_dim}, tied embeddings, bf16.
+- **Tokenizer**: byte-level BPE, {vocab} tokens, trained on the same modules; no normalizer, every text round-trips.
+- **Data**: standard library of Python {python}: {train_modules} modules, {train_tokens:,} tokens; held out:
+  {heldout_modules} modules, {heldout_tokens:,} tokens.
+- **Training**: {steps} steps of {batch} x {window} tokens = {tokens_seen:,} tokens ({epochs:.1f} epochs), {minutes:.1f}
+  minutes with OMP_NUM_THREADS={threads}, torch {torch}, transformers {transformers}.
+- **Optimizer**: AdamW, peak {lr:g}, {warmup} steps of warm-up, cosine to 0, weight decay {decay:g}, clip {clip:g},
+  seed {seed}; fp32 master weights, bf16 autocast.
+- **Held-out perplexity: {perplexity:.3f}** ({loss:.4f} nats a token, {bits_per_byte:.3f} bits a byte;
+  windows of {window}, saved bf16 weights, fp32 arithmetic). On {train_windows} windows of the training modules:
+  {train_perplexity:.3f}.
 
 Made with
 
     OMP_NUM_THREADS={threads} python -m compress.embedded.train --steps {steps}
 
-`compress/embedded/corpus.py` names the modules: the ones a SHA-256 of the path holds out ({percent} in 100) were seen by neither the model nor the
-tokenizer. Tests, generated tables (`encodings`, `pydoc_data`) and build settings are left out.
+`compress/embedded/corpus.py` names the modules: the ones a SHA-256 of the path holds out ({percent} in 100) were seen
+by neither the model nor the tokenizer. Tests, generated tables (`encodings`, `pydoc_data`) and build settings are left
+out.
 
 ## Limits
 
-It has read one code base. It knows that code base's idioms, licence headers and author names, and may repeat pieces of it verbatim. Contexts up
-to {window} tokens were trained; positions up to {positions} are allowed and untested.
+It has read one code base, and may repeat pieces of it verbatim. Contexts up to {window} tokens were trained; positions
+up to {positions} are allowed and untested.
 
 ## License
 
-Weights, tokenizer files and this card: Apache-2.0. Trained on sources distributed under the Python Software Foundation License, Version 2.
+Weights, tokenizer files and this card: Apache-2.0. Trained on sources distributed under the Python Software Foundation
+License, Version 2.
 """
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m compress.embedded.train", description="Train the embedded model on the standard library.")
-    parser.add_argument("--minutes", type=float, default=15, help="training time; decides the number of steps during warm-up")
-    parser.add_argument("--steps", type=int, help="train this many steps instead: repeats a run whatever the machine's speed")
+    parser = argparse.ArgumentParser(prog="python -m compress.embedded.train",
+                                     description="Train the embedded model on the standard library.")
+    parser.add_argument("--minutes", type=float, default=15, help="training time: decides the steps, during warm-up")
+    parser.add_argument("--steps", type=int, help="train this many steps instead: repeats a run at any speed")
     parser.add_argument("--out", type=Path, default=model_path(), help="folder to write")
     args = parser.parse_args()
 
     torch.manual_seed(SEED)
-    documents = {split: list(stdlib_documents(split).values()) for split in ("train", "heldout")}
-    tokenizer = train_tokenizer(documents["train"])
-    stream, heldout = encode(tokenizer, documents["train"]), encode(tokenizer, documents["heldout"])
+    documents, held = list(stdlib_documents("train").values()), list(stdlib_documents("heldout").values())
+    tokenizer = train_tokenizer(documents)
+    stream, heldout = encode(tokenizer, documents), encode(tokenizer, held)
     model = LlamaForCausalLM(CONFIG)
     print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens, {len(heldout):,} held out, "
-          f"{sum(map(len, documents['train'])) / len(stream):.2f} characters a token", flush=True)
+          f"{sum(map(len, documents)) / len(stream):.2f} characters a token", flush=True)
     start = time.perf_counter()
     steps = train(model, stream, heldout, args.minutes, args.steps)
     minutes = (time.perf_counter() - start) / 60
 
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    tokenizer_json = args.out / "tokenizer.json"    # compact: indentation is a third of the file
-    tokenizer_json.write_text(json.dumps(json.loads(tokenizer_json.read_text("utf-8")), ensure_ascii=False, separators=(",", ":")), "utf-8")
+    weights, vocabulary = args.out / "model.safetensors", args.out / "tokenizer.json"
+    compact = json.dumps(json.loads(vocabulary.read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
+    vocabulary.write_text(compact, "utf-8")
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     loss, train_loss = loss_on(saved, heldout), loss_on(saved, stream, windows := 256)
     (args.out / "README.md").write_text(CARD.format(
-        parameters=saved.num_parameters(), megabytes=sum((args.out / name).stat().st_size for name in ("model.safetensors", "tokenizer.json")) / 1e6,
-        layers=CONFIG.num_hidden_layers, hidden=CONFIG.hidden_size, heads=CONFIG.num_attention_heads, kv=CONFIG.num_key_value_heads,
-        head_dim=CONFIG.head_dim, intermediate=CONFIG.intermediate_size, vocab=CONFIG.vocab_size, positions=CONFIG.max_position_embeddings,
-        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, threads=torch.get_num_threads(),
-        train_modules=len(documents["train"]), heldout_modules=len(documents["heldout"]), train_tokens=len(stream), heldout_tokens=len(heldout),
-        steps=steps, batch=BATCH, window=WINDOW, tokens_seen=steps * BATCH * WINDOW, epochs=steps * BATCH * WINDOW / len(stream), minutes=minutes,
-        lr=PEAK_LR, warmup=WARMUP, decay=WEIGHT_DECAY, clip=CLIP, seed=SEED, perplexity=math.exp(loss), loss=loss, train_windows=windows,
-        train_perplexity=math.exp(train_loss), bits_per_byte=loss / math.log(2) * len(heldout) / sum(len(d.encode()) for d in documents["heldout"]),
-        percent=HELDOUT_PERCENT), "utf-8")
-    print(f"{steps} steps, {minutes:.1f} min, held-out perplexity {math.exp(loss):.3f}, training {math.exp(train_loss):.3f} -> {args.out}")
+        parameters=saved.num_parameters(), megabytes=(weights.stat().st_size + vocabulary.stat().st_size) / 1e6,
+        layers=CONFIG.num_hidden_layers, hidden=CONFIG.hidden_size, heads=CONFIG.num_attention_heads,
+        kv=CONFIG.num_key_value_heads, head_dim=CONFIG.head_dim, intermediate=CONFIG.intermediate_size,
+        vocab=CONFIG.vocab_size, positions=CONFIG.max_position_embeddings,
+        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
+        threads=torch.get_num_threads(), train_modules=len(documents), heldout_modules=len(held),
+        percent=HELDOUT_PERCENT, train_tokens=len(stream), heldout_tokens=len(heldout), steps=steps,
+        batch=BATCH, window=WINDOW, tokens_seen=steps * BATCH * WINDOW, epochs=steps * BATCH * WINDOW / len(stream),
+        minutes=minutes, lr=PEAK_LR, warmup=WARMUP, decay=WEIGHT_DECAY, clip=CLIP, seed=SEED,
+        loss=loss, perplexity=math.exp(loss),
+        bits_per_byte=loss / math.log(2) * len(heldout) / sum(len(text.encode()) for text in held),
+        train_windows=windows, train_perplexity=math.exp(train_loss)), "utf-8")
+    print(f"{steps} steps, {minutes:.1f} min, held-out perplexity {math.exp(loss):.3f}, "
+          f"training {math.exp(train_loss):.3f} -> {args.out}")
 
 
 if __name__ == "__main__":

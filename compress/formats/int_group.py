@@ -59,7 +59,7 @@ class IntGroup(Format):
         """The same format with tensors on meta: what `plan` weighs before a byte is read."""
         out, n = shape
         levels = levels or 2**bits
-        empty = lambda *size, dtype: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
+        empty = lambda *size, dtype: torch.empty(size, dtype=dtype, device="meta")
         codes = empty(out, -(-n // 5), dtype=torch.uint8) if levels == 3 else empty(out, packing.packed_words(n, bits), dtype=torch.int32)
         zeros = None if sym else empty(-(-out * (n // group_size) * bits // 8), dtype=torch.uint8)
         return cls(codes, empty(out, n // group_size, dtype=scale_dtype), zeros, shape, bits, group_size, levels)

@@ -59,7 +59,7 @@ class GPTQ(IntOptions):
         W = weight.masked_fill(stats.dead, 0)  # an input that is always zero has no say
         h = torch.empty_like(U[0]).index_copy_(0, order, U.diagonal() ** -2).view(-1, size)
         power = 3 if self.levels > 4 else 4
-        fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype, power)  # noqa: E731  W [m, groups, size]
+        fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype, power)  # W [m, groups, size]
         g = fit(W.view(m, -1, size), h)
         scale, zero = g.scale.T.contiguous(), g.zero.T.contiguous()  # [groups, m]
         group_of = (order // size).tolist()

@@ -28,7 +28,7 @@ class RTN(IntOptions):
         out, n = weight.shape
         size = check_group_size(n, self.group_size, where)
         groups = weight.view(out, n // size, size)
-        h = stats.hessian.diagonal().view(-1, size) if self.clip == "hessian" else None
+        h = stats.hessian.diagonal().view(-1, size) if stats is not None and self.clip == "hessian" else None
         g = grid.fit(groups, self.levels, self.code_bits, self.sym, self.clip, h, self.scale_dtype(stored))
         codes = g.codes(groups, g.scale[..., None], g.zero[..., None]).to(torch.uint8).view(out, n)
         zeros = None if self.sym else g.zero.to(torch.uint8)

@@ -1,0 +1,115 @@
+"""Side by side with llm-compressor's GPTQ: the same model, tokens, bits and machine, one after the other, in fresh processes.
+
+    python -m venv peer && peer/bin/pip install torch==2.13.0 && peer/bin/pip install llmcompressor
+    python -m compress.eval.bench.peer --peer peer/bin/python --model ../shared/yardstick/llama-16m \\
+        --calibration ../shared/yardstick/wikitext2-valid.txt --evaluation ../shared/yardstick/wikitext2-test.txt
+
+Seconds are given twice: of the whole process (imports, tokenising, writing) and of the peer's compression call alone. Both results are evaluated by
+the same code in this process: fp32 arithmetic, the peer's weights as its own dequantization left them in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import compress
+
+PEER = """
+import json, sys, time
+began = time.perf_counter()
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+model_path, tokens_path, out, bits, group = sys.argv[1:6]
+tokens = load_file(tokens_path)["tokens"]
+model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
+data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
+scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=int(bits), type="int", symmetric=False, strategy="group", group_size=int(group)))
+started = time.perf_counter()
+oneshot(model=model, dataset=data, recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
+        num_calibration_samples=len(tokens), max_seq_length=tokens.shape[1])
+call = time.perf_counter() - started
+names = set(AutoModelForCausalLM.from_pretrained(model_path).state_dict())
+weights = {k: v.contiguous().clone() for k, v in model.state_dict().items() if k in names and not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
+save_file(weights, out + "/model.safetensors", metadata={"format": "pt"})
+model.save_pretrained(out + "/own")  # compresses the modules in memory, so it comes last
+print(json.dumps({"call_seconds": call, "seconds": time.perf_counter() - began}))
+"""
+
+
+def ours(model: str, calibration: str, bits: int, group: int, out: Path, settings: list[str], samples: int, seqlen: int) -> dict:
+    """`compress run` as a user would type it, timed from outside."""
+    command = [sys.executable, "-m", "compress", "run", model, "-o", str(out), "--recipe", "w4-gptq", "--calibration", f"file:{calibration}",
+               "--samples", str(samples), "--seqlen", str(seqlen), "--overwrite", "--json", str(out.with_suffix(".json")),
+               *(f"--set={s}" for s in [f"gptq.bits={bits}", f"gptq.group_size={group}", *settings])]  # fmt: skip
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "call_seconds": json.loads(out.with_suffix(".json").read_text())["seconds"]}
+
+
+def theirs(python: str, model: str, calibration: str, bits: int, group: int, out: Path, samples: int, seqlen: int) -> dict:
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from compress.calibration.data import load_calibration
+
+    data = load_calibration(f"file:{calibration}", AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
+    out.mkdir(parents=True)
+    save_file({"tokens": data.tokens}, out / "tokens.safetensors")
+    started = time.perf_counter()
+    child = subprocess.run([python, "-c", PEER, model, str(out / "tokens.safetensors"), str(out), str(bits), str(group)], capture_output=True, text=True, cwd="/")
+    if child.returncode:
+        raise SystemExit(f"the peer failed:\n{child.stderr[-3000:]}")
+    seconds = time.perf_counter() - started
+    for file in Path(model).iterdir():
+        if file.suffix in (".json", ".model", ".txt") and not file.name.endswith(".index.json"):
+            (out / file.name).write_bytes(file.read_bytes())
+    (out / "tokens.safetensors").unlink()
+    return json.loads(child.stdout.strip().splitlines()[-1]) | {"seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True, nargs="+")
+    parser.add_argument("--peer", help="python of an environment with llm-compressor; without it only ours is measured")
+    parser.add_argument("--grids", nargs="+", default=["4:128", "3:128", "2:64"], help="bits:group_size")
+    parser.add_argument("--set", nargs="*", default=[], help="options of ours, e.g. gptq.sweeps=2")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--windows", type=int, nargs="+", default=[192, 64], help="evaluation windows, one number a text")
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for bits, group in (map(int, grid.split(":")) for grid in a.grids):
+            for name in ["compress"] + (["llm-compressor"] if a.peer else []):
+                out = Path(folder) / f"{name}-{bits}"
+                timing = (ours(a.model, a.calibration, bits, group, out, a.set, a.samples, a.seqlen) if name == "compress" else
+                          theirs(a.peer, a.model, a.calibration, bits, group, out, a.samples, a.seqlen))  # fmt: skip
+                row = {"name": name, "bits": bits, "group_size": group, **timing}
+                for text, windows in zip(a.evaluation, a.windows, strict=False):
+                    e = compress.evaluate(str(out), a.model, f"file:{text}", samples=windows, seqlen=a.seqlen, show=False)
+                    row[Path(text).stem] = {"perplexity": e["perplexity"]["token"], "kl": e["kl"], "top1": e["top1"], "original": e["reference"]["perplexity"]["token"]}
+                rows.append(row)
+                texts = "  ".join(f"{Path(t).stem}: ppl {row[Path(t).stem]['perplexity']:.3f} KL {row[Path(t).stem]['kl']['mean']:.5f} "
+                                  f"top-1 {row[Path(t).stem]['top1']['agreement']:.4f}" for t in a.evaluation)  # fmt: skip
+                print(f"{name:15} int{bits} g{group:<4} {timing['seconds']:6.1f} s (call {timing['call_seconds']:6.1f} s)  {texts}", flush=True)
+    if a.json:
+        a.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
