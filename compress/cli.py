@@ -188,9 +188,9 @@ def _methods(json_: Path | None) -> None:
 def verify(path: Artifact, json_: Json = None) -> None:
     """Check an artifact from disk: hashes, shapes, NaN, planned bits, and the logits it had in memory. Exit code 1 on any problem."""
     result = api.verify(path)
-    save(json_, dataclasses.asdict(result))
     for problem in result.problems:
         Console(stderr=True).print(f"problem: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+    save(json_, dataclasses.asdict(result))
     if not result.ok:
         raise typer.Exit(1)
     out.print(f"{path}: {result.tensors} tensors, {size(result.bytes)}, all as written; KL to the model in memory {result.kl:.1e} nats", highlight=False)

@@ -415,6 +415,39 @@ def test_not_an_artifact(verb, work, tmp_path, capsys):
     refuses((verb, out), ["unfinished", "compress run"], work, tmp_path, capsys)
 
 
+def test_strict_takes_no_fallback_from_the_past(work, tmp_path, capsys):
+    """Damping is raised where H has no full rank: a run without --strict accepts it, the same run with --strict never does."""
+    args = run(work.model, work, tmp_path, "--set", "gptq.damp=0", "--samples", 1)
+    refuses((*args, "--strict"), ["--strict: damping raised at model.layers.0", "finished blocks are kept"], work, tmp_path, capsys)
+    assert (tmp_path / "out/compress.partial.json").is_file()
+    assert main(*args) == 0 and "fallback: damping raised at model.layers.0" in capsys.readouterr().out
+    refuses((*args, "--strict"), ["--strict: damping raised at model.layers.0"], work, tmp_path, capsys)
+    assert main("verify", tmp_path / "out") == 0
+
+
+def test_verify_shows_its_problems_before_it_writes_them(work, tmp_path, capsys):
+    out = Path(shutil.copytree(work.done, tmp_path / "out"))
+    (out / "block-00001.safetensors").unlink()
+    assert main("verify", out, "--json", tmp_path / "v.json") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("problem: block-00001.safetensors: missing") and len(json.loads((tmp_path / "v.json").read_text())["problems"]) == 1
+    assert main("verify", out, "--json", out / "config.json" / "v.json") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("problem: block-00001.safetensors: missing") and said[1].startswith("error: ") and len(said) == 2
+
+
+def test_run_into_the_working_directory(work, tmp_path, monkeypatch):
+    monkeypatch.chdir(empty(tmp_path / "here"))
+    assert main("run", work.model, "-c", work.text, "-o", ".", *FAST) == 0
+    assert {f.name: b for f, b in contents(tmp_path / "here").items()} == {f.name: b for f, b in contents(work.done).items()}
+    assert (tmp_path / "here.log.jsonl").is_file()
+
+
+def test_eval_without_a_tokenizer(work, tmp_path, capsys):
+    args = ("eval", without(work, tmp_path, "tokenizer*"), "--data", work.text, "--samples", 1, "--seqlen", 32, "--no-speed")
+    refuses(args, ["tokenizer missing"], work, tmp_path, capsys)
+
+
 def test_eval_against_another_vocabulary(work, tmp_path, capsys):
     other = with_config(work, tmp_path, vocab_size=300)
     tensors = load_file(other / SHARD)

@@ -9,6 +9,7 @@ from compress.calibration.statistics import Stats
 from compress.errors import CompressError
 from compress.methods import GPTQ, METHODS, RTN, grid
 from compress.methods.options import IntOptions
+from compress.methods.refit import refit_scales
 
 
 def correlated(n=64, tokens=512, seed=0, dtype=torch.float32):
@@ -130,12 +131,13 @@ def test_min_max_grid_against_plain_python(bits, sym):
 @pytest.mark.parametrize("sym", [False, True, "full"])
 def test_clip_search_never_raises_the_damage_it_minimises(sym):
     W, h = weight(16, 128).pow(3).view(16, 2, 64), torch.rand(2, 64)
-    for bits in (2, 3, 4):
+    for bits, power in ((2, 4), (3, 3), (4, 2)):
         damages = {}
         for clip in ("none", "hessian"):
-            g = grid.fit(W, 2**bits, bits, sym, clip, h, torch.bfloat16)
-            damages[clip] = grid._damage(W, g.scale, g.zero, 2**bits, "hessian", h)
-        assert (damages["hessian"] <= damages["none"]).all() and damages["hessian"].sum() < damages["none"].sum()
+            g = grid.fit(W, 2**bits, bits, sym, clip, h, torch.bfloat16, power)
+            D = ((g.codes(W, g.scale[..., None], g.zero[..., None]) - g.zero[..., None]) * g.scale[..., None] - W).double().abs()
+            damages[clip] = (D**power * h).sum(-1)
+        assert (damages["hessian"] <= damages["none"] * (1 + 1e-5)).all() and damages["hessian"].sum() < damages["none"].sum()
 
 
 def test_an_all_zero_group_is_zero_and_finite():
@@ -166,7 +168,7 @@ def slow_gptq(W, H, g, order, damp, group_size):
 def test_gptq_equals_the_slow_reference(bits, sym, act_order):
     x, W = correlated(), weight()
     s = stats_of(x, torch.float64)
-    method = GPTQ(bits=bits, sym=sym, act_order=act_order, group_size=32, clip="none", block_size=16)
+    method = GPTQ(bits=bits, sym=sym, act_order=act_order, group_size=32, clip="none", block_size=16, sweeps=0)
     codes, scale, zero, _ = method.solve(W.double(), s, torch.bfloat16)
     got = (codes.view(24, 2, 32).double() - zero[:, :, None]) * scale[:, :, None]
     g = grid.fit(W.view(24, 2, 32), method.levels, method.code_bits, sym, "none", None, torch.bfloat16)
@@ -192,7 +194,7 @@ def test_block_size_does_not_change_the_result():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("clip", ["none", "mse", "hessian"])
+@pytest.mark.parametrize("clip", ["none", "mse"])
 def test_with_an_identity_hessian_gptq_is_rtn_bit_for_bit(bits, clip):
     s, W = Stats(torch.eye(64)), weight()
     for act_order in (False, True):
@@ -201,9 +203,10 @@ def test_with_an_identity_hessian_gptq_is_rtn_bit_for_bit(bits, clip):
         assert all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
 
 
-def test_the_sum_of_squared_errors_is_the_damped_hessian_error():
+@pytest.mark.parametrize("sweeps", [0, 3])
+def test_the_sum_of_squared_errors_is_the_damped_hessian_error(sweeps):
     s, W = stats_of(correlated(), torch.float64), weight().double()
-    codes, scale, zero, loss = GPTQ(bits=3, group_size=32).solve(W, s, torch.bfloat16)
+    codes, scale, zero, loss = GPTQ(bits=3, group_size=32, sweeps=sweeps).solve(W, s, torch.bfloat16)
     D = ((codes.view(24, 2, 32) - zero[:, :, None]) * scale[:, :, None]).view(24, 64).double() - W
     Hd = s.hessian + 0.01 * s.hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     torch.testing.assert_close(loss, ((D @ Hd) * D).sum(), rtol=1e-9, atol=0)
@@ -219,6 +222,62 @@ def test_gptq_beats_rounding_on_correlated_inputs(bits, group_size):
         ours = GPTQ(bits=bits, group_size=group_size, sym=sym, clip=clip)(W, s, stored=torch.bfloat16)
         assert s.error(W, ours.dequantize()) < 0.7 * s.error(W, plain.dequantize())
         assert ours.nbytes() == plain.nbytes()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_descent_never_raises_the_error_and_stops_at_a_coordinate_minimum(bits):
+    s, W = stats_of(correlated(n=128, tokens=1024), torch.float64), weight(48, 128).double()
+    results = [GPTQ(bits=bits, group_size=32, sweeps=k).solve(W, s, torch.bfloat16) for k in (0, 1, 2, 100)]
+    losses = [float(r[3]) for r in results]
+    assert losses[0] > losses[1] >= losses[2] >= losses[3]
+    codes, scale, zero, _ = results[3]
+    Hd = s.hessian + 0.01 * s.hessian.diagonal().mean() * torch.eye(128, dtype=torch.float64)
+    S, Z = (t.repeat_interleave(32, 1).double() for t in (scale, zero))
+    D = ((codes - Z) * S - W) @ Hd
+    better = 0
+    for step in (-1, 1):  # no single code can move by one level and lower the error (stopping at 1e-4 of changes leaves very few)
+        legal = (codes.int() + step >= 0) & (codes.int() + step < 2**bits)
+        gain = 2 * step * S * D + S.square() * Hd.diagonal()
+        better += int(((gain < -1e-9) & legal).sum())
+    assert better <= 1e-3 * codes.numel()
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 128])
+def test_descent_does_not_depend_on_the_block_size(block_size):
+    s, W = stats_of(correlated(), torch.float64), weight().double()
+    a, b = (GPTQ(bits=2, group_size=32, sweeps=2, block_size=k).solve(W, s, torch.bfloat16)[0] for k in (64, block_size))
+    assert torch.equal(a, b)
+
+
+def test_refitted_scales_solve_the_least_squares_problem_of_each_row():
+    s, W = stats_of(correlated(n=96, tokens=512), torch.float64), weight(6, 96).double()
+    codes, scale, zero, _ = GPTQ(bits=2, group_size=32, sweeps=0, act_order=False).solve(W, s, torch.float64)
+    Hd, groups = s.damped(s.factor(0.01, False)), torch.arange(96) // 32
+    new = refit_scales(codes.T, W.T, Hd, scale.T.double(), zero.T.double(), groups, torch.float64)
+    L = torch.linalg.cholesky(Hd)  # ‖(ŵ−w) L‖² is the error: ordinary least squares in the columns v_g L
+    for r in range(6):
+        V = torch.zeros(3, 96, dtype=torch.float64)
+        for g in range(3):
+            V[g, groups == g] = codes[r, groups == g].double() - zero[r, g].double()
+        expected = torch.linalg.lstsq((V @ L).T, (W[r] @ L)[:, None]).solution[:, 0]
+        torch.testing.assert_close(new[:, r], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", ["ternary", 2, 3, 4])
+def test_refits_never_raise_the_error_and_store_what_they_judged(bits):
+    s, W = stats_of(correlated(n=128, tokens=1024), torch.float64), weight(48, 128).double()
+    make = lambda k: GPTQ(bits=bits, group_size=32, sym=bits == "ternary", refits=k).solve(W, s, torch.bfloat16)  # noqa: E731
+    losses = [float(make(k)[3]) for k in (0, 1, 3)]
+    assert losses[0] > losses[1] >= losses[2]
+    scale = make(2)[1]
+    assert torch.equal(scale, scale.bfloat16().to(scale.dtype)) and torch.isfinite(scale).all()
+
+
+def test_a_group_of_zero_codes_keeps_its_scale():
+    s, W = stats_of(correlated()), weight()
+    W[:, 32:] = 0
+    fmt = GPTQ(bits=4, group_size=32, refits=2)(W, s, stored=torch.bfloat16)
+    assert torch.isfinite(fmt.scales).all() and torch.isfinite(fmt.dequantize()).all()
 
 
 def test_more_bits_less_error():

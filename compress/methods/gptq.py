@@ -8,7 +8,8 @@ groups), so columns may be solved in any order without a group index at inferenc
 itself puts on an error in column j, 1/U_jj² (all later columns compensating), and a power above 2, because the weights that meet the grid have
 taken up the errors of the columns before them and reach further than the originals;
 U comes from one Cholesky factorization of the reversed H, shared by all layers that read the same input. Columns are kept as contiguous rows
-of Wᵀ. Cost: n² (m + n/3) multiply-adds for W [m, n]. With H = I it is round-to-nearest, bit for bit; Σe² is the damped error, exactly.
+of Wᵀ. Then coordinate descent (descent.py) lets the early columns answer to the late ones. Cost: n² (m + n/3) multiply-adds for W [m, n], and 2mn² a round
+of descent. With H = I it is round-to-nearest on the same grid, bit for bit; without descent Σe² is the damped error, exactly.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..formats.int_group import check_group_size
 from . import grid
 from .descent import descend
 from .options import IntOptions
+from .refit import refit_scales
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class GPTQ(IntOptions):
     act_order: bool = True  # solve the columns with the loudest input first
     static_groups: bool = True  # fit every grid before the sweep; False refits each group on the compensated weights (needs act_order false)
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
-    sweeps: int = 0  # rounds of coordinate descent on the codes after the column sweep; 0: plain GPTQ
+    sweeps: int = 2  # rounds of coordinate descent on the codes after the column sweep; 0: the GPTQ of the paper
+    refits: int = 0  # closed-form scale refits, each followed by the rounds of `sweeps`; 0: scales as fitted before the sweep
     block_size: int = 128  # columns between two updates of all later columns; changes the time, not the result
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -61,11 +64,11 @@ class GPTQ(IntOptions):
         power = 3 if self.levels > 4 else 4
         fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype, power)  # W [m, groups, size]
         g = fit(W.view(m, -1, size), h)
-        scale, zero = g.scale.T.contiguous(), g.zero.T.contiguous()  # [groups, m]
+        scale, zero = g.scale.T.to(W.dtype).contiguous(), g.zero.T.to(W.dtype).contiguous()  # [groups, m]
         group_of = (order // size).tolist()
 
         W = W.T[order].contiguous()  # [n, m], one column of the paper a row, in solving order
-        original = W.clone() if self.sweeps else W
+        original = W.clone() if self.sweeps or self.refits else W
         codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
         loss = torch.zeros((), dtype=torch.float64, device=W.device)
         for start in range(0, n, self.block_size):
@@ -84,18 +87,21 @@ class GPTQ(IntOptions):
                 block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
             W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
             loss += E.double().square().sum()
-        if self.sweeps and not factor.failed:
-            loss = self._descend(codes, original, stats, factor, g, scale, zero, group_of)
+        if (self.sweeps or self.refits) and not factor.failed:
+            loss = self._improve(codes, original, stats.damped(factor), g, scale, zero, group_of, scale_dtype)
         restored = torch.empty_like(codes)
         restored[order] = codes
         return restored.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), loss
 
-    def _descend(self, codes: Tensor, W: Tensor, stats: Stats, factor: Factor, g: grid.Grid, scale: Tensor, zero: Tensor, group_of: list[int]) -> Tensor:
-        Hd = stats.damped(factor)
+    def _improve(self, codes: Tensor, W: Tensor, Hd: Tensor, g: grid.Grid, scale: Tensor, zero: Tensor, group_of: list[int], dtype: torch.dtype) -> Tensor:
+        """Descent on the codes, then alternately on scales and codes, all in place; the error in the damped H-norm."""
         index = torch.tensor(group_of, device=W.device)
-        Q = (codes.to(W.dtype) - zero[index]) * scale[index]
-        descend(Q, codes, W, Hd, g, scale, zero, group_of, self.sweeps, self.block_size)
-        D = Q - W
+        values = lambda: (codes.to(W.dtype) - zero[index]) * scale[index]  # noqa: E731
+        descend(values(), codes, W, Hd, g, scale, zero, group_of, self.sweeps, self.block_size)
+        for _ in range(self.refits):
+            scale.copy_(refit_scales(codes, W, Hd, scale, zero, index, dtype))
+            descend(values(), codes, W, Hd, g, scale, zero, group_of, self.sweeps, self.block_size)
+        D = values() - W
         return ((Hd @ D) * D).sum(dtype=torch.float64)
 
     @staticmethod

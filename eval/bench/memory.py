@@ -70,12 +70,12 @@ def peak(code: str, *argv: str) -> tuple[int, list[tuple[str, float, int, int]]]
     """VmHWM in bytes of a Python that runs `code`; and (line of progress, seconds, most anonymous, most mapped bytes up to it)."""
     root = str(Path(compress.__file__).parent.parent)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    with tempfile.TemporaryFile("w+") as out, tempfile.NamedTemporaryFile("r") as err:
-        child = subprocess.Popen([sys.executable, "-c", code, *argv], stdout=out, stderr=open(err.name, "w"), env=env)
+    with tempfile.TemporaryFile("w+") as out, tempfile.NamedTemporaryFile() as written, open(written.name) as err:
+        child = subprocess.Popen([sys.executable, "-c", code, *argv], stdout=out, stderr=written, env=env)
         began, stages, anonymous, mapped, last = time.perf_counter(), [], 0, 0, ""
         while child.poll() is None:
             try:
-                status = dict(line.split(":", 1) for line in open(f"/proc/{child.pid}/status"))
+                status = dict(line.split(":", 1) for line in Path(f"/proc/{child.pid}/status").read_text().splitlines())
                 now = [int(status[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile")]
             except (OSError, KeyError):  # it has ended
                 break
