@@ -168,10 +168,9 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
         del models, streams
         from .eval import speed as _speed  # imported when run, so that `python -m compress.eval.speed` is not imported twice
 
-        timing = None if dtype == "auto" else dtype
-        result["speed"] = _speed.measure(str(folder), dtype=timing, device=device)
+        result["speed"] = _speed.measure(str(folder), device=device)  # in the model's own dtype, as it would be served
         if source:
-            result["reference"]["speed"] = _speed.measure(str(source), dtype=timing, device=device)
+            result["reference"]["speed"] = _speed.measure(str(source), device=device)
     return result
 
 

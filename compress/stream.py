@@ -21,6 +21,7 @@ from .calibration import hidden
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 
+
 class Reached(Exception):
     """Raised by a hook when the forward has gone as far as it needs to."""
 
@@ -50,7 +51,7 @@ class Kept:
     store: Tensor | None = None
     ends_in: nn.Linear | None = None  # store holds this module's inputs
     spec: TreeSpec | None = None
-    leaves: list | None = None
+    leaves: list = field(default_factory=list)
     at: int | None = None  # which leaf is the tensor
     rows: set[int] = field(default_factory=set)
     refused: bool = False  # more than one tensor, or not one row a window: computed again at every pass
@@ -166,7 +167,7 @@ class Stream:
 
     def _ends_in(self, block: nn.Module, name: str, last: str, kept: Kept) -> bool:
         """Does child `name` give out what its linear `last` makes of the inputs kept? Tried on the first batch, to the bit."""
-        if len(kept.rows) < len(self.calls[self.at]):
+        if kept.store is None or len(kept.rows) < len(self.calls[self.at]):
             return False
         rows, out, kept.ends_in = next(self.batches()), [], block.get_submodule(last)
         handle = block.get_submodule(name).register_forward_hook(lambda module, args, result: out.append(result))
@@ -176,7 +177,7 @@ class Stream:
 
     def _replay(self, name: str, child: nn.Module, rows: slice, args: tuple, kwargs: dict):
         kept = self._frozen[name]
-        if rows.start in kept.rows:
+        if kept.store is not None and rows.start in kept.rows:
             tensor = kept.store[rows].to(self.device, copy=True)
             return kept.output(kept.ends_in(tensor) if kept.ends_in is not None else tensor)
         out = child(*args, **kwargs)

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from compress.embedded import model_path
 from compress.embedded.corpus import is_heldout, stdlib_documents, stdlib_text
-from compress.embedded.train import (BATCH, CONFIG, END, WARMUP, WINDOW, batches, encode, learning_rate, loss_on,
-                                     train_tokenizer)
+from compress.embedded.train import BATCH, CONFIG, END, WARMUP, WINDOW, batches, encode, learning_rate, loss_on, train_tokenizer
 from compress.errors import CompressError
 
 

@@ -266,7 +266,7 @@ def test_refitted_scales_solve_the_least_squares_problem_of_each_row():
 @pytest.mark.parametrize("bits", ["ternary", 2, 3, 4])
 def test_refits_never_raise_the_error_and_store_what_they_judged(bits):
     s, W = stats_of(correlated(n=128, tokens=1024), torch.float64), weight(48, 128).double()
-    make = lambda k: GPTQ(bits=bits, group_size=32, sym=bits == "ternary", refits=k).solve(W, s, torch.bfloat16)  # noqa: E731
+    make = lambda k: GPTQ(bits=bits, group_size=32, sym=bits == "ternary", refits=k).solve(W, s, torch.bfloat16)
     losses = [float(make(k)[3]) for k in (0, 1, 3)]
     assert losses[0] > losses[1] >= losses[2]
     scale = make(2)[1]

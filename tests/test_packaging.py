@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -13,8 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+import typer
+from tiny import byte_tokenizer
 
 import compress
+from compress import cli
+from compress.artifact import Fallback, LayerRecord, Manifest, TensorRecord
+from compress.calibration.data import SPECS, load_calibration
 from compress.methods import METHODS, describe
 
 ROOT = Path(compress.__file__).parent.parent
@@ -87,8 +93,8 @@ def folder(package: str) -> Path:
 
 OBSERVE = """
 import importlib, json, logging, os, random, socket, sys, threading
-import accelerate, datasets, huggingface_hub, numpy, pyarrow, pydantic, rich.console, rich.progress, rich.table, safetensors.torch, torch, transformers, typer, yaml
-import transformers.quantizers.auto, transformers.conversion_mapping, torch._dynamo
+import accelerate, datasets, huggingface_hub, numpy, pyarrow, pydantic, safetensors.torch, torch, transformers, typer, yaml
+import rich.console, rich.progress, rich.table, transformers.quantizers.auto, transformers.conversion_mapping, torch._dynamo
 
 def state():
     b = torch.backends
@@ -204,3 +210,29 @@ def test_every_option_says_what_it_does():
 def test_docs_methods_is_up_to_date():
     page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["page"]
     assert (ROOT / "docs" / "methods.md").read_text(encoding="utf-8") == page(), "run: python docs/generate.py"
+
+
+def test_docs_name_every_field_spec_and_option(tmp_path):
+    """What the manifest and the calibration record hold is in the page about it, and no page names an option that the command line lacks."""
+    text = {f.name: f.read_text(encoding="utf-8") for f in (ROOT / "docs").glob("*.md")}
+    fields = {name for record in (Manifest, LayerRecord, TensorRecord, Fallback) for name in record.model_fields}
+    assert {name for name in fields if f"`{name}`" not in text["artifact.md"]} == set()
+    (tmp_path / "a.txt").write_text("any text will do")
+    record = load_calibration(f"file:{tmp_path / 'a.txt'}", byte_tokenizer(), samples=1, seqlen=8).record
+    assert {name for name in (*SPECS, *record) if f"`{name}`" not in text["calibration.md"]} == set()
+    commands = typer.main.get_command(cli.app).commands.values()
+    options = {flag for c in commands for p in c.params for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
+    assert {flag for page in text.values() for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", page)} <= options
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{f.name}" for f in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, place = link.partition("#")
+        if "://" in link:
+            continue
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        headings = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)", target.read_text(), re.M)] if place else []
+        assert not place or place in headings, link

@@ -112,7 +112,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_told(tmp_path, text):
     told = {f.where for f in report.fallbacks if f.what.startswith("no calibration tokens")}
     unseen = {n for n, r in report.manifest.layers.items() if r.tokens == 0}
     assert unseen and len(told) == len(unseen) and compress.verify(str(tmp_path / "out")).ok
-    with pytest.raises(CompressError, match="--strict: .*no calibration tokens"):
+    with pytest.raises(CompressError, match=r"--strict: .*no calibration tokens"):
         run(tmp_path / "model", tmp_path / "strict", text, samples=1, seqlen=4, strict=True)
 
 

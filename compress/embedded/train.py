@@ -53,7 +53,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Tensor:
     """All documents as one stream, END before each and after the last."""
     stream = [0]
     for encoding in tokenizer.backend_tokenizer.encode_batch(documents):
-        stream += encoding.ids + [0]
+        stream += [*encoding.ids, 0]
     return torch.tensor(stream)     # [tokens] int64
 
 
@@ -85,7 +85,7 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, minutes: float, steps: int | None) -> int:
+def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, minutes: float, steps: int | None) -> int:  # type: ignore[return]
     """Train in place and return the number of steps."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]

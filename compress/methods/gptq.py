@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import Factor, Stats
+from ..calibration.statistics import Stats
 from ..errors import CompressError
 from ..formats import IntGroup
 from ..formats.int_group import check_group_size
@@ -96,7 +96,7 @@ class GPTQ(IntOptions):
     def _improve(self, codes: Tensor, W: Tensor, Hd: Tensor, g: grid.Grid, scale: Tensor, zero: Tensor, group_of: list[int], dtype: torch.dtype) -> Tensor:
         """Descent on the codes, then alternately on scales and codes, all in place; the error in the damped H-norm."""
         index = torch.tensor(group_of, device=W.device)
-        values = lambda: (codes.to(W.dtype) - zero[index]) * scale[index]  # noqa: E731
+        values = lambda: (codes.to(W.dtype) - zero[index]) * scale[index]
         descend(values(), codes, W, Hd, g, scale, zero, group_of, self.sweeps, self.block_size)
         for _ in range(self.refits):
             scale.copy_(refit_scales(codes, W, Hd, scale, zero, index, dtype))

@@ -34,7 +34,8 @@ model_path, tokens_path, out, bits, group = sys.argv[1:6]
 tokens = load_file(tokens_path)["tokens"]
 model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
 data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
-scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=int(bits), type="int", symmetric=False, strategy="group", group_size=int(group)))
+scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
+    num_bits=int(bits), type="int", symmetric=False, strategy="group", group_size=int(group)))
 started = time.perf_counter()
 oneshot(model=model, dataset=data, recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
         num_calibration_samples=len(tokens), max_seq_length=tokens.shape[1])
@@ -68,7 +69,8 @@ def theirs(python: str, model: str, calibration: str, bits: int, group: int, out
     out.mkdir(parents=True)
     save_file({"tokens": data.tokens}, out / "tokens.safetensors")
     started = time.perf_counter()
-    child = subprocess.run([python, "-c", PEER, model, str(out / "tokens.safetensors"), str(out), str(bits), str(group)], capture_output=True, text=True, cwd="/")
+    child = subprocess.run([python, "-c", PEER, model, str(out / "tokens.safetensors"), str(out), str(bits), str(group)],
+                           capture_output=True, text=True, cwd="/")  # fmt: skip
     if child.returncode:
         raise SystemExit(f"the peer failed:\n{child.stderr[-3000:]}")
     seconds = time.perf_counter() - started
@@ -102,7 +104,8 @@ def main() -> None:
                 row = {"name": name, "bits": bits, "group_size": group, **timing}
                 for text, windows in zip(a.evaluation, a.windows, strict=False):
                     e = compress.evaluate(str(out), a.model, f"file:{text}", samples=windows, seqlen=a.seqlen, show=False)
-                    row[Path(text).stem] = {"perplexity": e["perplexity"]["token"], "kl": e["kl"], "top1": e["top1"], "original": e["reference"]["perplexity"]["token"]}
+                    row[Path(text).stem] = {"perplexity": e["perplexity"]["token"], "kl": e["kl"], "top1": e["top1"],
+                                            "original": e["reference"]["perplexity"]["token"]}  # fmt: skip
                 rows.append(row)
                 texts = "  ".join(f"{Path(t).stem}: ppl {row[Path(t).stem]['perplexity']:.3f} KL {row[Path(t).stem]['kl']['mean']:.5f} "
                                   f"top-1 {row[Path(t).stem]['top1']['agreement']:.4f}" for t in a.evaluation)  # fmt: skip
