@@ -1,16 +1,19 @@
 """Hidden states of all calibration windows between two blocks: in RAM, or in a memory-mapped file past a limit.
 
-One buffer is enough: a block reads window i and writes window i. The file lives in a temporary folder and is unlinked at once, so that no kill
+One buffer is enough: a block reads window i and writes window i. The file is unlinked as soon as it is mapped, so that no kill
 leaves it behind; it is scratch space, not state (a resumed run recomputes it from the finished blocks).
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..errors import CompressError
 
 RAM_LIMIT = 4 << 30  # bytes of hidden states kept in RAM before a file takes over
 
@@ -21,5 +24,9 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, folder: Path | None = N
     if count * dtype.itemsize <= limit:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=folder, prefix="hidden-") as file:
-        file.truncate(count * dtype.itemsize)
+        try:
+            os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)  # a sparse file on a full disk would end in SIGBUS, not in an error
+        except OSError as error:
+            raise CompressError(f"{folder}: no room for {count * dtype.itemsize / 1e9:.2f} GB of hidden states ({error.strerror}); make room, or use fewer "
+                                "--samples or a shorter --seqlen") from error  # fmt: skip
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)

@@ -97,16 +97,22 @@ class Stats:
 
     def damped(self, factor: Factor) -> Tensor:
         """H_d in the factor's solving order: what U was made of."""
-        diagonal = torch.where(self.dead, 1.0, self.hessian.diagonal())
+        diagonal, mean = self._diagonal()
         Hd = self.hessian[factor.order][:, factor.order]
-        Hd.diagonal().copy_(diagonal[factor.order] + factor.damp * diagonal.mean())
+        Hd.diagonal().copy_(diagonal[factor.order] + factor.damp * mean)
         return Hd
+
+    def _diagonal(self) -> tuple[Tensor, Tensor]:
+        """diag(H) and its mean over live inputs; dead ones get that mean, so that they change neither the damping nor each other."""
+        live = self.hessian.diagonal()[~self.dead]
+        mean = live.mean() if len(live) else self.hessian.new_ones(())
+        return torch.where(self.dead, mean, self.hessian.diagonal()), mean
 
     def _factorize(self, damp: float, act_order: bool) -> Factor:
         H, n = self.hessian, len(self.hessian)
-        diagonal = torch.where(self.dead, 1.0, H.diagonal())
+        diagonal, mean = self._diagonal()
         order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n, device=H.device)
-        mean, asked = diagonal.mean(), damp
+        asked = damp
         while True:
             # chol_upper(H⁻¹) without inverting H: with J the order reversal, U = J · chol(J H J)⁻¹ · J; better conditioned, one factor less.
             reverse = order.flip(0)

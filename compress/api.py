@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from . import artifact, preflight, progress, verification
 from . import recipe as _recipe
-from .artifact import MANIFEST, PROBE, Manifest, Writer, read_manifest
+from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, read_manifest
 from .calibration.data import CalibrationSet, load_calibration
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .errors import CompressError
@@ -31,6 +34,7 @@ from .version import __version__
 from .walk import Done, copy_outer, walk
 
 BATCH_TOKENS = 4096  # tokens of one forward during calibration: fixed, because the order of summation is part of the result
+EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
 PROBE_TOKENS, PROBE_KEPT = 32, 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,14 +97,18 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
             calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template,
             model=_whole(source) if calibration == "self" else None)  # fmt: skip
         fallbacks += data.fallbacks
+        _fits(data, source.config, _vocabulary(source), model)
     _strict(strict, fallbacks)
-    identity = {"source": source.digest(), "recipe": chosen.model_dump(mode="json"), "calibration": data and data.record, "seed": seed,
+    identity = {"source": source.digest(), "recipe": chosen.model_dump(mode="json", exclude={"steps"}) | {"steps": [s.identity() for s in chosen.steps]},
+                "calibration": data and data.record | {"sha256": _digest(data)}, "seed": seed,
                 "dtype": str(source.dtype)[6:], "device": torch.device(device).type, "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
     folder = Path(output)
     writer = Writer(folder, identity, overwrite=overwrite)
     try:
         if writer.complete:
-            return Report(str(folder), read_manifest(folder), time.perf_counter() - started, len(planned.layers), _peak_rss())
+            manifest = read_manifest(folder)
+            _strict(strict, [f.model_dump() for f in manifest.fallbacks])
+            return Report(str(folder), manifest, time.perf_counter() - started, len(manifest.layers), _peak_rss())
         _room(folder, planned.disk)
         batch = max(1, BATCH_TOKENS // (data.tokens.shape[1] if data else seqlen))
         generator = torch.Generator().manual_seed(seed)
@@ -127,13 +135,25 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
 
 
 def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
-         memory: Literal["keep", "bounded"] = "keep") -> nn.Module:  # fmt: skip
+         memory: Literal["keep", "bounded"] = "keep", trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
     """A Hugging Face model from an artifact (or a plain checkpoint), ready for generate().
 
     policy "auto" multiplies by the fastest kernel measured on this machine, "dense" by the dequantized weight in a fixed order.
     memory "keep" lets a layer keep a dense copy where that is fastest, "bounded" never does.
     """
-    model = AutoModelForCausalLM.from_pretrained(resolve(path), dtype=dtype or "auto").to(_device(device)).eval()
+    folder = resolve(path)
+    if any((folder / name).is_file() for name in (MANIFEST, PARTIAL)):
+        read_manifest(folder)
+    else:
+        read_headers(folder)  # refuses pickles
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True,
+                                                           trust_remote_code=trust_remote_code)  # fmt: skip
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CompressError(f"{path}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+    if bad := sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"]):
+        raise CompressError(f"{path}: {len(bad)} tensors are missing or of another shape, {bad[0]} first; `compress verify` tells more")
+    model = model.to(_device(device)).eval()
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             module.policy, module.memory = policy, memory
@@ -141,7 +161,8 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
 
 
 def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet = "stdlib", *, samples: int | None = None, seqlen: int | None = 512,
-             seed: int = 0, device: str = "auto", dtype: str = "float32", speed: bool = False, show: bool = True) -> dict[str, Any]:  # fmt: skip
+             seed: int = 0, device: str = "auto", dtype: str = "float32", speed: bool = False, show: bool = True,
+             trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
     """Perplexity (token and word), KL(reference ‖ compressed), top-1 agreement, each with a standard error; size; speed where asked.
 
     Both models see the same windows in the same pass, in `dtype` arithmetic with dequantized weights. samples=None: all of the text.
@@ -154,10 +175,12 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
     text = data if isinstance(data, CalibrationSet) else load_calibration(
         data, _tokenizer(source or folder), samples=samples, seqlen=seqlen or 512, seed=seed, split="evaluation",
         model=load(str(source or folder), device=device) if data == "self" else None)  # fmt: skip
-    models = [load(str(p), dtype=torch_dtype, device=device, policy="dense") for p in (folder, source) if p is not None]
+    models = [load(str(p), dtype=torch_dtype, device=device, policy="dense", trust_remote_code=trust_remote_code) for p in (folder, source) if p is not None]
     if (a := models[0].get_input_embeddings().num_embeddings) != (b := models[-1].get_input_embeddings().num_embeddings):
         raise CompressError(f"{path} has a vocabulary of {a}, {reference} of {b}: not a compressed version of it")
-    streams = [progress.batches(_compare.logits_of(m, text), len(text.tokens), show and m is models[0]) for m in models]
+    _fits(text, models[0].config, a, path)
+    batch = max(1, EVAL_TOKENS // text.tokens.shape[1])
+    streams = [progress.batches(_compare.logits_of(m, text, batch), len(text.tokens), show and m is models[0]) for m in models]
     result = _compare.compare(streams[0], streams[1] if source else None, text)
     result |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(folder), strict=True)), "bytes": weight_bytes(folder),
                "fallbacks": text.fallbacks, "data": text.record,
@@ -179,9 +202,9 @@ def inspect(path: str) -> Manifest:
     return read_manifest(resolve(path, weights=False))
 
 
-def verify(path: str) -> Verification:
+def verify(path: str, *, trust_remote_code: bool = False) -> Verification:
     """Check an artifact in this process; `compress verify` is the same in a fresh one."""
-    return verification.verify(resolve(path))
+    return verification.verify(resolve(path), trust_remote_code=trust_remote_code)
 
 
 # ---- small print
@@ -194,8 +217,11 @@ def _device(device: str) -> str:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise CompressError(f"device {device!r}: use auto, cpu, cuda or cuda:N") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise CompressError(f"device {device!r}: no CUDA device is visible to torch {torch.__version__}; use --device cpu")
+    if kind not in ("cpu", "cuda"):
+        raise CompressError(f"device {device!r}: use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and (torch.device(device).index or 0) >= (count := torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        raise CompressError(f"device {device!r}: {f'only {count} CUDA devices are' if count else 'no CUDA device is'} visible to torch {torch.__version__}; "
+                            "use --device cpu")  # fmt: skip
     return device
 
 
@@ -217,11 +243,25 @@ def _dtype(dtype: str, model: str, device: str) -> torch.dtype | None:
 
 
 def _whole(source: Checkpoint) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(source.path, trust_remote_code=source.trust_remote_code).eval()
+    return load(str(source.path), trust_remote_code=source.trust_remote_code)
 
 
 def _vocabulary(source: Checkpoint) -> int:
     return source.model.get_input_embeddings().num_embeddings
+
+
+def _fits(data: CalibrationSet, config, vocabulary: int, model: str) -> None:
+    """Windows no longer than the model has positions for, tokens that it has embeddings for."""
+    seqlen, limit = data.tokens.shape[1], getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and seqlen > limit:
+        raise CompressError(f"{model}: windows of {seqlen} tokens, but the model has {limit} positions; use --seqlen {limit} or less")
+    if (top := int(data.tokens.max())) >= vocabulary:
+        raise CompressError(f"{model}: the text holds token {top}, but the model has {vocabulary} embeddings: its tokenizer is another model's")
+
+
+def _digest(data: CalibrationSet) -> str:
+    """SHA-256 of the tokens and the mask themselves, whatever a set made by hand says of itself."""
+    return hashlib.sha256("".join(artifact.sha256(t) for t in (data.tokens, data.mask) if t is not None).encode()).hexdigest()
 
 
 def _tokenizer(folder: Path):
@@ -288,25 +328,29 @@ class _log:
         self.path = log_path(folder)
 
     def __enter__(self):
-        self.file = open(self.path, "a", encoding="utf-8")
+        with artifact.writing(self.path.parent):
+            self.file = open(self.path, "a", encoding="utf-8")
         self._write({"event": "start", "time": time.time(), "command": sys.argv, "machine": platform.platform(), "cpus": os.cpu_count(),
                      "torch": torch.__version__, "compress": __version__})  # fmt: skip
         return self
 
     def _write(self, entry: dict) -> None:
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        with artifact.writing(self.path.parent):
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
 
     def __call__(self, done: Done) -> None:
         if not done.resumed:
             self._write({"event": "layer", "name": done.name, "seconds": round(done.seconds, 4), "error": done.record.error})
 
     def __exit__(self, kind, *_):
-        self._write({"event": "end", "time": time.time(), "peak_rss": _peak_rss(), "error": kind.__name__ if kind else None})
-        self.file.close()
+        with suppress(CompressError, OSError):  # whatever ended the run says more than a log that could not be written
+            self._write({"event": "end", "time": time.time(), "peak_rss": _peak_rss(), "error": kind.__name__ if kind else None})
+            self.file.close()
 
 
 def log_path(folder: Path) -> Path:
+    folder = folder.resolve()  # the name of `.`
     return folder.parent / f"{folder.name}.log.jsonl"
 
 
@@ -314,6 +358,11 @@ def seconds_by_layer(folder: Path) -> dict[str, float]:
     """Seconds that each layer took, from the log beside an artifact; empty where the log was not kept."""
     if not log_path(folder).is_file():
         return {}
-    entries = (json.loads(line) for line in log_path(folder).read_text().splitlines() if line.endswith("}"))
-    return {e["name"]: e["seconds"] for e in entries if e["event"] == "layer"}
+    seconds = {}
+    for line in log_path(folder).read_text().splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a line torn by a kill
+            entry = json.loads(line)
+            if entry["event"] == "layer":
+                seconds[entry["name"]] = float(entry["seconds"])
+    return seconds
 

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from .errors import CompressError
 
 MANIFEST, PARTIAL, PROBE, INDEX = "compress.json", "compress.partial.json", "probe.safetensors", "model.safetensors.index.json"
 FORMAT_VERSION = 1
+COMPANIONS = ("tokenizer*", "*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat_template*", "generation_config.json",
+              "*processor*.json", "*.py")  # fmt: skip
 
 
 class Record(BaseModel):
@@ -76,6 +79,7 @@ class Manifest(Record):
     blocks: str  # module path of the list of blocks
     layers: dict[str, LayerRecord]
     tensors: dict[str, TensorRecord]
+    files: dict[str, str]  # SHA-256 of every other file: configuration, index, tokenizer
     shards: dict[str, str]  # SHA-256 of each shard's header: with those of the tensors, every byte is accounted for
     fallbacks: list[Fallback]
     totals: dict[str, float]
@@ -89,6 +93,11 @@ def sha256(tensor: Tensor) -> str:
 def fingerprint(run: dict[str, Any]) -> str:
     """What a shard's header says of the run that it belongs to."""
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def head_sha256(file: Path) -> str:
@@ -172,31 +181,44 @@ class Writer:
         found = next((f for f in (manifest, partial) if f.is_file()), None)
         if found is None and any(f.name != f"{PARTIAL}.tmp" for f in self.folder.iterdir()):
             raise CompressError(f"{self.folder}: holds files but no compress run; choose an empty or new folder")
+        known: set[str] = set()
         if found is not None:
+            old: Any = None
             try:
                 old = json.loads(found.read_text())
+                known = set(old.get("files", {}))
                 changed = differences(old["run"], self.run)
                 shards = sorted({Path(t["shard"]).stem for t in old["tensors"].values()}) if found == manifest else []
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if not overwrite:
                     raise CompressError(f"{found}: damaged ({error}); start over with --overwrite") from error
                 changed = [str(error)]
+            if old_clearing := (old.get("clearing") if isinstance(old, dict) and not overwrite and not changed else None):
+                self._clear(old_clearing)  # an --overwrite was killed while it removed the files of the run before
+                return False
             if changed and not overwrite:
                 raise CompressError(f"{self.folder}: holds another run, which differs in {'; '.join(changed[:4])}"
                                     f"{f' and {len(changed) - 4} more' if len(changed) > 4 else ''}; use --overwrite or another -o")  # fmt: skip
             if not changed and not (overwrite and found == manifest):  # --overwrite replaces other runs and finished ones, not this one half done
                 for leftover in self.folder.glob("*.tmp"):
                     leftover.unlink()
-                if found == manifest and all(self.header(shard) for shard in shards):
+                if found == manifest and all(self.header(shard) for shard in shards) and all(
+                        (self.folder / name).is_file() and file_sha256(self.folder / name) == digest for name, digest in old["files"].items()):  # fmt: skip
                     partial.unlink(missing_ok=True)
                     return True
                 os.replace(found, partial)  # a finished artifact with a damaged shard becomes unfinished: only that shard is made again
                 return False
-        write_json(partial, {"run": self.run})
-        for file in (manifest, *self.folder.iterdir()):
-            if file.is_file() and file.name != PARTIAL:
-                file.unlink()
+        self._clear(sorted(f.name for f in self.folder.iterdir() if f.is_file() and _ours(f.name, known)))
         return False
+
+    def _clear(self, names: list[str]) -> None:
+        """Remove the files of the run before, the manifest first; what is still to remove is on record, so that a kill in between loses nothing."""
+        write_json(self.folder / PARTIAL, {"run": self.run, "clearing": names} if names else {"run": self.run})
+        for name in (MANIFEST, *names):
+            if name != PARTIAL:
+                (self.folder / name).unlink(missing_ok=True)
+        if names:
+            write_json(self.folder / PARTIAL, {"run": self.run})
 
     def header(self, shard: str) -> dict[str, Any] | None:
         """The record of a complete shard of this run whose every tensor has the hash it was written with, else None."""
@@ -247,6 +269,7 @@ class Writer:
                 _sync(self.folder / file.name)
         write_json(self.folder / "config.json", config)
         write_json(self.folder / INDEX, {"metadata": {"total_size": stored}, "weight_map": {n: t["shard"] for n, t in sorted(weights.items())}})
+        files = {name: file_sha256(self.folder / name) for name in ["config.json", INDEX, *(f.name for f in companions(source))]}
         fallbacks: dict[tuple, Fallback] = {}
         for entry in (f for h in headers.values() for f in h["fallbacks"]):
             entry = Fallback(**entry)
@@ -255,18 +278,22 @@ class Writer:
         manifest = Manifest(format_version=FORMAT_VERSION, compress=version, run=self.run, blocks=blocks,
                             layers={n: r for h in headers.values() for n, r in h["layers"].items()},
                             tensors={n: t for h in headers.values() for n, t in h["tensors"].items()},
-                            shards={f"{shard}.safetensors": h["sha256"] for shard, h in headers.items()},
+                            files=files, shards={f"{shard}.safetensors": h["sha256"] for shard, h in headers.items()},
                             fallbacks=list(fallbacks.values()), totals=totals)  # fmt: skip
         write_json(self.folder / MANIFEST, manifest.model_dump())
         (self.folder / PARTIAL).unlink(missing_ok=True)
         return manifest
 
 
+def _ours(name: str, known: set[str]) -> bool:
+    """Is a file in an output folder one that a run wrote? Notes and results that a user put beside them are not removed."""
+    patterns = ("block-?????.safetensors", "outer-?????.safetensors", "*.tmp", *COMPANIONS)
+    return name in known | {MANIFEST, INDEX, PROBE, "config.json"} or any(fnmatchcase(name, p) for p in patterns)
+
+
 def companions(source: Path) -> list[Path]:
-    """The small files that travel with the weights: tokenizer, chat template, generation and processor configuration."""
-    skip = {"config.json", INDEX, MANIFEST, PARTIAL}
-    found = {f for pattern in ("*.json", "*.txt", "*.model", "*.jinja") for f in source.glob(pattern)}
-    return sorted(f for f in found if f.name not in skip and not f.name.endswith(".index.json") and f.stat().st_size < 256 << 20)
+    """The files that travel with the weights: tokenizer, chat template, generation and processor configuration, model code (run only where asked)."""
+    return sorted({f for pattern in COMPANIONS for f in source.glob(pattern) if f.is_file()})
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -25,6 +25,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from .arch import find_blocks, table_entry
+from .artifact import companions
 from .errors import CompressError
 from .experts import unfuse_experts
 
@@ -65,7 +66,7 @@ def resolve(model: str, *, weights: bool = True) -> Path:
         raise CompressError(f"{model}: no such model folder; give a folder with config.json and *.safetensors, or a hub id like Qwen/Qwen3-0.6B")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*"] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "*.py"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises a dozen kinds; a user needs the first line of any of them
@@ -148,6 +149,11 @@ class Checkpoint:
         """Everything outside the blocks: embeddings, final norm, head."""
         return [g for name, g in self.groups.items() if not name.startswith(self.blocks_path + ".")]
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor of a block is stored, experts by their unfused names."""
+        group = self.groups.get(name) or self.groups.get(_fused(name))
+        return self.entries[group.sources[0][0]].dtype if group else self.stored_dtype
+
     def nbytes(self, groups: list[Group]) -> int:
         return sum(self.entries[key].nbytes for g in groups for key, _ in g.sources)
 
@@ -212,8 +218,7 @@ class Checkpoint:
         for buffer_name, buffer in block.named_buffers():
             parent, _, leaf = buffer_name.rpartition(".")
             setattr(block.get_submodule(parent), leaf, buffer.to(device))
-        fused = lambda n: re.sub(r"\.\d+\.(gate_up_proj|down_proj)\.weight$", r".\1", n)  # experts.3.down_proj.weight → experts.down_proj
-        block.stored = {n: stored.get(n) or stored.get(fused(n), self.stored_dtype) for n in block.state_dict()}
+        block.stored = {n: stored.get(n) or stored.get(_fused(n), self.stored_dtype) for n in block.state_dict()}
         block.originals = originals
         return block.eval()
 
@@ -245,8 +250,8 @@ class Checkpoint:
             return None
 
     def digest(self) -> dict[str, str]:
-        """SHA-256 of every weight file and of config.json: the identity of the source."""
-        files = sorted({e.file for e in self.entries.values()} | {"config.json"})
+        """SHA-256 of every file that is read or carried over: weights, configuration, tokenizer. The identity of the source."""
+        files = sorted({e.file for e in self.entries.values()} | {"config.json"} | {f.name for f in companions(self.path)})
         digests = {}
         for name in files:
             with open(self.path / name, "rb") as f:
@@ -263,6 +268,11 @@ def dominant_dtype(entries: dict[str, Entry]) -> torch.dtype:
     if not counts:
         raise CompressError("the weight files hold no floating-point tensor: not a model that can be compressed")
     return max(counts, key=lambda d: counts[d])
+
+
+def _fused(name: str) -> str:
+    """experts.3.down_proj.weight → experts.down_proj"""
+    return re.sub(r"\.\d+\.(gate_up_proj|down_proj)\.weight$", r".\1", name)
 
 
 def _tied(model: nn.Module) -> bool:

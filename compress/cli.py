@@ -114,12 +114,13 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
              seqlen: Annotated[int | None, typer.Option(min=2, help="Tokens of a window")] = 512,
              seed: Seed = 0, device: Device = "auto", dtype: DType = "float32",
              speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also decode with each model in a fresh process: tokens/s, peak memory")] = True,
-             json_: Json = None) -> None:  # fmt: skip
+             trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Perplexity, KL to the original, top-1 agreement with standard errors; bits, bytes, speed and memory, both models in one run.
 
     compress eval out --reference Qwen/Qwen3-0.6B --data wikitext2 --json eval.json
     """
-    result = api.evaluate(path, reference, data, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, speed=speed)
+    result = api.evaluate(path, reference, data, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, speed=speed,
+                          trust_remote_code=trust_remote_code)  # fmt: skip
     ref = result["reference"] or {}
     table = Table("", Path(path).name, *([Path(reference).name] if reference else []))
     rows = [("perplexity (token)", lambda r: _pm(r["perplexity"]["token"], r["perplexity"]["token_stderr"], 3)),
@@ -185,9 +186,9 @@ def _methods(json_: Path | None) -> None:
 
 
 @app.command()
-def verify(path: Artifact, json_: Json = None) -> None:
+def verify(path: Artifact, trust_remote_code: Remote = False, json_: Json = None) -> None:
     """Check an artifact from disk: hashes, shapes, NaN, planned bits, and the logits it had in memory. Exit code 1 on any problem."""
-    result = api.verify(path)
+    result = api.verify(path, trust_remote_code=trust_remote_code)
     for problem in result.problems:
         Console(stderr=True).print(f"problem: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
     save(json_, dataclasses.asdict(result))

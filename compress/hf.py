@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .artifact import MANIFEST, Manifest, read_manifest
 from .experts import fused_experts, unfuse_experts
 from .formats import Format, build
-from .linear import install
+from .linear import CompressedLinear, install
 
 
 @register_quantization_config("compress")
@@ -35,6 +35,9 @@ class CompressQuantizer(HfQuantizer):
         if not (folder / MANIFEST).is_file():  # a hub repository: only what transformers asks for has been downloaded
             cached_file(model.config._name_or_path, MANIFEST)
         prepare(model, read_manifest(folder))
+        for module in model.modules():  # transformers would initialise what it takes for new (GPT-2 reads its children's .weight to do so)
+            if any(isinstance(child, CompressedLinear) for child in module.children()):
+                module._is_hf_initialized = True
         return model
 
     def is_serializable(self, *args, **kwargs) -> bool:

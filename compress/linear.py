@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .errors import CompressError
 from .formats import Format, build
 from .kernels import dispatch
 
@@ -77,5 +78,8 @@ def install(model: nn.Module, layers: Mapping[str, Format], *, policy: str = "au
     """Replace the named linears of a model (or block) by CompressedLinear, keeping their biases. In place."""
     for path, weight in layers.items():
         parent, _, leaf = path.rpartition(".")
-        old = model.get_submodule(path)
+        try:
+            old = model.get_submodule(path)
+        except AttributeError as error:
+            raise CompressError(f"{path}: in the manifest, but not in the model that config.json describes") from error
         setattr(model.get_submodule(parent), leaf, CompressedLinear(weight, old.bias, policy=policy, memory=memory))

@@ -17,6 +17,7 @@ from .arch import LINEARS, routers, table_entry
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
 from .recipe import Recipe, nearest
+from .walk import STATS_LIMIT
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Plan:
     model_bits: float  # bits per weight of the whole model
     peak_ram: int  # bytes above an interpreter that has imported torch and transformers
     disk: int  # bytes the artifact takes
-    seconds: float  # estimate on this machine; 0 where no weight is compressed
+    seconds: float  # estimate on this machine
     warnings: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict:
@@ -68,17 +69,17 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
 
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True) -> Plan:
     """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
-    rows, stored, itemsize = [], source.stored_dtype, source.stored_dtype.itemsize
+    rows, states_kept = [], 3  # hidden states, and what one finished part of a block and the input of the next linear keep beside them
     work, tokens, n_max = 0.0, samples * seqlen, 0
     block_work: dict[int, set[int]] = {}
     for name, i, (m, n) in linears(source):
-        step = recipe.step_for(name)
+        step, stored = recipe.step_for(name), source.dtype_of(f"{name}.weight")
         if step is None:
-            rows.append(PlannedLayer(name, (m, n), None, str(stored)[6:], m * n * itemsize, m * n * itemsize))
+            rows.append(PlannedLayer(name, (m, n), None, str(stored)[6:], m * n * stored.itemsize, m * n * stored.itemsize))
             continue
         method = step.build()
         fmt = method.planned((m, n), stored, name)
-        rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * itemsize, fmt.nbytes()))
+        rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * stored.itemsize, fmt.nbytes()))
         if method.needs:
             n_max = max(n_max, n)
             block_work.setdefault(i, set()).add(n)
@@ -90,12 +91,15 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
     block_bytes = max((source.nbytes(source.block_groups(i)) for i in range(source.num_blocks)), default=0)
-    block_bytes = block_bytes * source.dtype.itemsize // itemsize
+    block_bytes = block_bytes * source.dtype.itemsize // source.stored_dtype.itemsize
     outer = source.nbytes(source.outer_groups())
     width = source.model.get_input_embeddings().weight.shape[1]
-    states = tokens * width * source.dtype.itemsize if n_max else 0
+    states = states_kept * tokens * width * source.dtype.itemsize if n_max else 0
     weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
-    working = 4 * n_max * n_max * 4 + 4 * weight + batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
+    by_block = [[r for r in rows if r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
+    experts = max(sum(4 * r.shape[1] ** 2 for r in block if r.method and ".experts." in r.name) for block in by_block) if by_block else 0
+    working = 4 * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
+    working += batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,

@@ -24,7 +24,7 @@ class Layers:
     """with Layers(total) as screen: screen.layer(done)"""
 
     def __init__(self, total: int, show: bool):
-        self.total, self.show, self.count, self.seconds = total, show, 0, 0.0
+        self.total, self.show, self.count, self.timed, self.seconds = total, show, 0, 0, 0.0
         self.bar = _bar(transient=False) if show and _live() else None
 
     def __enter__(self) -> Layers:
@@ -35,12 +35,13 @@ class Layers:
 
     def layer(self, done) -> None:
         self.count += 1
+        self.timed += not done.resumed
         self.seconds += done.seconds
         r = done.record
         if self.bar:
             self.bar.update(self.task, advance=1, description=f"{done.name}  {r.describe}  error {r.error:.2e}")
         elif self.show:
-            left = self.seconds / self.count * (self.total - self.count)
+            left = self.seconds / max(1, self.timed) * (self.total - self.count)
             state = "resumed" if done.resumed else f"{done.seconds:6.2f} s"
             console.print(f"[{self.count}/{self.total}] {done.name}  {r.describe}  {r.bits:.3f} bits  error {r.error:.3e}  {state}  left {left:.0f} s",
                           highlight=False, markup=False, soft_wrap=True)  # fmt: skip

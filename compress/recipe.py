@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import CompressError
 from .methods import METHODS
@@ -58,6 +59,11 @@ class Step(BaseModel):
             place = ".".join(str(p) for p in first["loc"][:1])
             raise CompressError(f"{self.method}.{place} = {first['input']!r}: {first['msg']}") from error
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what this step does, defaults included and values as the method took them."""
+        method = self.build()
+        return {"method": self.method, "match": self.match, **{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}}
+
     def matches(self, path: str) -> bool:
         return any(fnmatchcase(path, p) for p in ([self.match] if isinstance(self.match, str) else self.match))
 
@@ -66,7 +72,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     description: str = ""
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = Field(min_length=1)
     ignore: tuple[str, ...] = ()
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
 
@@ -84,7 +90,7 @@ class Recipe(BaseModel):
             bad = [s for s in settings if "=" not in s]
             if bad:
                 raise CompressError(f"--set {bad[0]}: expected METHOD.OPTION=VALUE, e.g. gptq.bits=3")
-            pairs = [(k.strip(), yaml.safe_load(v)) for k, v in (s.split("=", 1) for s in settings)]
+            pairs = [(k.strip(), _value(k, v)) for k, v in (s.split("=", 1) for s in settings)]
         data = self.model_dump()
         for key, value in pairs:
             method, _, option = key.rpartition(".")
@@ -105,6 +111,17 @@ class Recipe(BaseModel):
         return recipe
 
 
+def _value(key: str, text: str) -> Any:
+    """The value of `--set KEY=TEXT`, read as YAML: 3, true, 1e-2, [a, b]. Text that is no YAML (a glob pattern) stands for itself."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        if text.startswith(("[", "{", "!", "&")):
+            raise CompressError(f"--set {key}={text}: not a value ({' '.join(str(error).split())[:100]})") from error
+        return text
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value) else value  # YAML 1.1 reads 1e-2 as text
+
+
 def nearest(name: object, valid: Iterable[object]) -> str:
     """`; valid: a, b` and `, did you mean a?` for an error line."""
     close = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1)
@@ -120,6 +137,8 @@ def load(recipe: str | Path | dict | Recipe) -> Recipe:
     """A recipe by name, from a YAML file, or from a dict. Every step's options are checked here, before anything is read or written."""
     if isinstance(recipe, Recipe):
         return recipe
+    if not isinstance(recipe, (dict, str, Path)):
+        raise CompressError(f"recipe must be a name, a path, a dict or a Recipe, not {type(recipe).__name__}")
     if isinstance(recipe, dict):
         data, where = recipe, "recipe"
     else:
@@ -146,7 +165,7 @@ def _validate(data: dict, where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
         place = ".".join(str(p) for p in first["loc"])
         hint = nearest(first["loc"][-1], Recipe.model_fields) if first["type"] == "extra_forbidden" else ""
         raise CompressError(f"{where}: {place}: {first['msg']}{hint}") from error

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from .calibration import hidden
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
+from .errors import CompressError
 
 
 class Reached(Exception):
@@ -107,6 +108,9 @@ class Stream:
                 state, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
                 if i == 0:
                     first.append(state)
+                elif state is not first[0]:
+                    raise CompressError(f"{type(base).__name__} changes the hidden state between blocks {i - 1} and {i}, outside of any block: it cannot be "
+                                        "taken block by block; add what it does there to compress/stream.py")  # fmt: skip
                 self.calls[i].append(tree_map(self._intern, (args, kwargs)))
                 return (state,) if self.is_tuple else state
 

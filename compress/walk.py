@@ -88,6 +88,11 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
         shared = (time.perf_counter() - started) / sum(p in plan for s in stage for p in s.linears)
         for site in stage:
             seen = stats.pop(site.name, None)
+            if seen is not None and not seen.count:
+                if seen.dropped:
+                    raise CompressError(f"{name}.{site.name}: all {seen.dropped} calibration tokens are NaN or Inf in {str(source.dtype)[6:]}; "
+                                        "use --dtype float32 or bfloat16")  # fmt: skip
+                seen = None
             for path in site.linears:
                 if path not in plan:
                     continue

@@ -38,7 +38,7 @@ def test_every_linear_of_every_architecture_is_compressed_and_verified(name, tmp
     report = run(tmp_path / "model", tmp_path / "out", text)
     expected = {path: shape for path, _, shape in linears(Checkpoint(str(tmp_path / "model")))}
     assert set(report.manifest.layers) == set(expected) and len(expected) >= 8
-    assert [f for f in report.fallbacks if "experts" not in f.where] == []
+    assert [f for f in report.fallbacks if "experts" not in f.where and f.what != "inputs never active"] == []  # OPT's ReLU leaves some silent
     for path, record in report.manifest.layers.items():
         assert record.error < 0.05 and record.bytes == record.planned_bytes and record.format["shape"] == list(expected[path])
     checked = compress.verify(str(tmp_path / "out"))

@@ -14,6 +14,7 @@ of descent. With H = I it is round-to-nearest on the same grid, bit for bit; wit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,8 +46,10 @@ class GPTQ(IntOptions):
         super().__post_init__()
         if self.act_order and not self.static_groups:
             raise CompressError("act_order without static_groups would need a group index at inference; set one of the two to match")
-        if self.damp < 0 or self.block_size < 1:
-            raise CompressError(f"damp {self.damp} must be at least 0 and block_size {self.block_size} at least 1")
+        if not 0 <= self.damp < math.inf:
+            raise CompressError(f"damp {self.damp} must be a number from 0 up; 0.01 is usual")
+        if self.block_size < 1 or self.sweeps < 0 or self.refits < 0:
+            raise CompressError(f"block_size {self.block_size} must be at least 1, sweeps {self.sweeps} and refits {self.refits} at least 0")
 
     def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> IntGroup:
         """weight [out, in] in the precision to solve in (fp32, or fp64 in tests) → IntGroup; its scales have the dtype `stored` allows."""
@@ -59,7 +62,9 @@ class GPTQ(IntOptions):
         (m, n), size = weight.shape, check_group_size(weight.shape[1], self.group_size, where)
         factor = stats.factor(self.damp, self.act_order)
         U, order = factor.U, factor.order
-        W = weight.masked_fill(stats.dead, 0)  # an input that is always zero has no say
+        if stats.dead.any():  # an input that was always zero has no say: its weights become the grid's zero, and that is told
+            stats.note("inputs never active", f"{int(stats.dead.sum())} of {n} inputs were 0 on all {stats.count} tokens: their weights are set to 0")
+        W = weight.masked_fill(stats.dead, 0)
         h = torch.empty_like(U[0]).index_copy_(0, order, U.diagonal() ** -2).view(-1, size)
         power = 3 if self.levels > 4 else 4
         fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype, power)  # W [m, groups, size]
