@@ -24,7 +24,7 @@ from .version import __version__
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Post-training compression of Hugging Face transformers.\n\nStart with [bold]compress demo[/bold], "
                        "or: compress run MODEL --recipe w4-gptq -o OUT && compress eval OUT --reference MODEL")  # fmt: skip
-out = Console()
+out = Console(width=None if sys.stdout.isatty() else 160)  # piped tables are not squeezed into 80 columns
 UsageError: Any = typer.BadParameter.__base__  # click's own, which newer versions of typer bring along under another name
 
 Model = Annotated[str, typer.Argument(help="A local model folder or a hub id, e.g. Qwen/Qwen3-0.6B")]

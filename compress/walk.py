@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .arch import Arch, Site, infer_sites, routers, table_entry
 from .artifact import LayerRecord, Writer
+from .calibration.hidden import release
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
@@ -49,6 +50,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
     for i in range(source.num_blocks):
         shard, name = f"block-{i:05d}", source.block_name(i)
         block = source.load_block(i, probe.device)
+        release()
         header = writer.header(shard)
         if header is not None:
             tensors = writer.read(shard)
@@ -69,6 +71,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
         if stream is not None and i + 1 < source.num_blocks:
             stream.advance(block)
         probe.advance(block)
+        del block
 
 
 def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int, stream: Stream | None, probe: Stream,
@@ -85,6 +88,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
         final = {p.partition(".")[0] for p in done if "." in p} - {p.partition(".")[0] for p in waiting} if waiting else set()
         if stream is not None:
             stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage}, keep=bool(final))
+            release()
         shared = (time.perf_counter() - started) / sum(p in plan for s in stage for p in s.linears)
         for site in stage:
             seen = stats.pop(site.name, None)
@@ -115,6 +119,8 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                     bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=planned.nbytes(), parameters=W.numel(), error=seen.error(W, W_hat),
                     error_norm="hessian" if seen.count else "identity", tokens=seen.count)  # fmt: skip
                 set_weight(module, W_hat)
+                del W, W_hat
+                release()
                 yield Done(i, where, record, shared + time.perf_counter() - started, False), weight
             if seen is not None:
                 if seen.dropped:
