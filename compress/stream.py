@@ -92,6 +92,10 @@ class Stream:
         for start in range(0, len(self.tokens), self.batch):
             yield slice(start, start + self.batch)
 
+    def nbytes(self, width: int) -> int:
+        """Bytes of a tensor [windows, seqlen, width] in the dtype that blocks compute in."""
+        return self.tokens.numel() * width * self.source.dtype.itemsize
+
     # ---- in front of the blocks
 
     @torch.no_grad()

@@ -28,6 +28,8 @@ from .recipe import Recipe
 from .stream import Stream
 
 STATS_LIMIT = 2 << 30  # bytes of Hessians gathered in one pass; more experts take more passes
+KEEP_LIMIT = 256 << 20  # bytes of down_proj's input kept so that the last pass need not run gate and up again
+RELEASE = 4 << 20  # weights from which on freed memory is given back: below, asking takes longer than it is worth
 OUTER_LIMIT = 1 << 30  # bytes of one shard of outer tensors
 
 
@@ -50,7 +52,8 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
     for i in range(source.num_blocks):
         shard, name = f"block-{i:05d}", source.block_name(i)
         block = source.load_block(i, probe.device)
-        release()
+        if sum(p.numel() for p in block.parameters()) > RELEASE:
+            release()
         header = writer.header(shard)
         if header is not None:
             tensors = writer.read(shard)
@@ -85,10 +88,11 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
         started = time.perf_counter()
         done = {p for s in stage for p in s.linears}
         waiting -= done
-        final = {p.partition(".")[0] for p in done if "." in p} - {p.partition(".")[0] for p in waiting} if waiting else set()
+        final = {p.partition(".")[0] for p in done if "." in p} - {p.partition(".")[0] for p in waiting}
+        if not waiting and stream is not None and stream.nbytes(in_features(block.get_submodule(stage[-1].linears[-1]))) > KEEP_LIMIT:
+            final = set()  # only one pass is left: not worth keeping the widest input of the block
         if stream is not None:
             stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage}, keep=bool(final))
-            release()
         shared = (time.perf_counter() - started) / sum(p in plan for s in stage for p in s.linears)
         for site in stage:
             seen = stats.pop(site.name, None)
@@ -119,8 +123,10 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                     bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=planned.nbytes(), parameters=W.numel(), error=seen.error(W, W_hat),
                     error_norm="hessian" if seen.count else "identity", tokens=seen.count)  # fmt: skip
                 set_weight(module, W_hat)
+                big = W.numel() > RELEASE
                 del W, W_hat
-                release()
+                if big:
+                    release()
                 yield Done(i, where, record, shared + time.perf_counter() - started, False), weight
             if seen is not None:
                 if seen.dropped:

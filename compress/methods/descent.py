@@ -9,10 +9,26 @@ the columns before it; descent lets the early columns answer to the late ones (a
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from .grid import Grid
+
+
+@contextmanager
+def one_thread(block: Tensor):
+    """Steps over one column of a small block take microseconds: threads would wait for each other longer than they work. Bytes do not change."""
+    threads = torch.get_num_threads()
+    few = block.device.type == "cpu" and block.numel() < 1 << 18
+    if few:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if few:
+            torch.set_num_threads(threads)
 
 
 def descend(Q: Tensor, codes: Tensor, W: Tensor, Hd: Tensor, g: Grid, scale: Tensor, zero: Tensor, group_of: list[int], sweeps: int, block_size: int) -> None:
@@ -26,13 +42,14 @@ def descend(Q: Tensor, codes: Tensor, W: Tensor, Hd: Tensor, g: Grid, scale: Ten
         for start in range(0, n, block_size):
             stop = min(start + block_size, n)
             H_block, D_block, before = Hd[start:stop, start:stop], D[start:stop], Q[start:stop].clone()
-            for i in range(stop - start):
-                j, k = start + i, group_of[start + i]
-                q = g.codes(Q[j].sub(D_block[i], alpha=inverse[j]), scale[k], zero[k])
-                value = (q - zero[k]) * scale[k]
-                D_block.addr_(H_block[i], value - Q[j])
-                Q[j] = value
-                codes[j] = q.to(torch.uint8)
+            with one_thread(D_block):
+                for i in range(stop - start):
+                    j, k = start + i, group_of[start + i]
+                    q = g.codes(Q[j].sub(D_block[i], alpha=inverse[j]), scale[k], zero[k])
+                    value = (q - zero[k]) * scale[k]
+                    D_block.addr_(H_block[i], value - Q[j])
+                    Q[j] = value
+                    codes[j] = q.to(torch.uint8)
             step = Q[start:stop] - before
             changed += int(step.count_nonzero())
             D[:start].addmm_(Hd[:start, start:stop], step)

@@ -26,7 +26,7 @@ from ..errors import CompressError
 from ..formats import IntGroup
 from ..formats.int_group import check_group_size
 from . import grid
-from .descent import descend
+from .descent import descend, one_thread
 from .options import IntOptions
 from .refit import refit_scales
 
@@ -81,15 +81,16 @@ class GPTQ(IntOptions):
             block, U_block = W[start:stop], U[start:stop, start:stop]
             diagonal = U_block.diagonal().tolist()
             E = torch.empty_like(block)
-            for i in range(stop - start):
-                column, k = start + i, group_of[start + i]
-                if not self.static_groups and column % size == 0:
-                    self._refit(fit, W, E, U, h, start, i, size, scale, zero, k)
-                w, s, z = block[i], scale[k], zero[k]
-                q = g.codes(w, s, z)
-                codes[column] = q.to(torch.uint8)
-                E[i] = e = (w - (q - z) * s) / diagonal[i]
-                block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
+            with one_thread(block):
+                for i in range(stop - start):
+                    column, k = start + i, group_of[start + i]
+                    if not self.static_groups and column % size == 0:
+                        self._refit(fit, W, E, U, h, start, i, size, scale, zero, k)
+                    w, s, z = block[i], scale[k], zero[k]
+                    q = g.codes(w, s, z)
+                    codes[column] = q.to(torch.uint8)
+                    E[i] = e = (w - (q - z) * s) / diagonal[i]
+                    block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
             W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
             loss += E.double().square().sum()
         if (self.sweeps or self.refits) and not factor.failed:

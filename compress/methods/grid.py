@@ -20,7 +20,7 @@ from ..formats.int_group import symmetric_zero
 
 Sym = Literal[False, True, "full"]
 Clip = Literal["none", "mse", "hessian"]
-CHUNK = 1 << 17  # weights searched together: the working set stays in cache
+CHUNK = 1 << 15  # weights searched together: the working set stays in cache, and torch does not split so little over threads
 
 
 @dataclass(frozen=True, eq=False)
