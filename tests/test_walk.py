@@ -1,7 +1,9 @@
 """pytest tests/test_walk.py — the whole job on every architecture: nothing is skipped, everything is verified, GPTQ never loses to rounding."""
 
 import copy
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,12 +51,17 @@ def test_every_linear_of_every_architecture_is_compressed_and_verified(name, tmp
     assert ours < theirs
 
 
-def test_gptq_beats_rounding_layer_by_layer_on_the_embedded_model(tmp_path):
+@pytest.mark.parametrize("which", ["embedded", "yardstick"])
+def test_gptq_beats_rounding_on_every_layer_of_a_trained_model(which, tmp_path):
     from compress.embedded import model_path
 
+    yardstick = Path(os.environ.get("COMPRESS_YARDSTICK", Path(__file__).parents[2] / "shared" / "yardstick"))
+    if which == "yardstick" and not yardstick.is_dir():
+        pytest.skip(f"no yardstick at {yardstick}")
+    model, text = (model_path(), "stdlib") if which == "embedded" else (yardstick / "llama-16m", f"file:{yardstick / 'wikitext2-valid.txt'}")
     options = {"samples": 16, "seqlen": 256, "show": False, "device": "cpu"}
-    gptq = compress.run(str(model_path()), "w4-gptq", "stdlib", tmp_path / "a", **options)
-    rtn = compress.run(str(model_path()), {"name": "r", "steps": [{"method": "rtn", "clip": "hessian"}]}, "stdlib", tmp_path / "b", **options)
+    gptq = compress.run(str(model), "w4-gptq", text, tmp_path / "a", **options)
+    rtn = compress.run(str(model), {"name": "r", "steps": [{"method": "rtn", "clip": "hessian"}]}, text, tmp_path / "b", **options)
     assert all(gptq.manifest.layers[n].error <= rtn.manifest.layers[n].error for n in gptq.manifest.layers)
 
 
