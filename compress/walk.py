@@ -29,7 +29,7 @@ from .stream import Stream
 
 STATS_LIMIT = 2 << 30  # bytes of Hessians gathered in one pass; more experts take more passes
 KEEP_LIMIT = 256 << 20  # bytes of down_proj's input kept so that the last pass need not run gate and up again
-RELEASE = 4 << 20  # weights from which on freed memory is given back: below, asking takes longer than it is worth
+RELEASE = 8 << 20  # weights of a block from which on freed memory is given back: below, asking takes longer than it is worth
 OUTER_LIMIT = 1 << 30  # bytes of one shard of outer tensors
 
 
@@ -52,8 +52,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
     for i in range(source.num_blocks):
         shard, name = f"block-{i:05d}", source.block_name(i)
         block = source.load_block(i, probe.device)
-        if sum(p.numel() for p in block.parameters()) > RELEASE:
-            release()
+        _release(block)
         header = writer.header(shard)
         if header is not None:
             tensors = writer.read(shard)
@@ -93,6 +92,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
             final = set()  # only one pass is left: not worth keeping the widest input of the block
         if stream is not None:
             stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage}, keep=bool(final))
+            _release(block)
         shared = (time.perf_counter() - started) / sum(p in plan for s in stage for p in s.linears)
         for site in stage:
             seen = stats.pop(site.name, None)
@@ -123,10 +123,8 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                     bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=planned.nbytes(), parameters=W.numel(), error=seen.error(W, W_hat),
                     error_norm="hessian" if seen.count else "identity", tokens=seen.count)  # fmt: skip
                 set_weight(module, W_hat)
-                big = W.numel() > RELEASE
                 del W, W_hat
-                if big:
-                    release()
+                _release(block)
                 yield Done(i, where, record, shared + time.perf_counter() - started, False), weight
             if seen is not None:
                 if seen.dropped:
@@ -135,6 +133,11 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
         if stream is not None:
             for child in final:  # nothing in it is left to compress, so later passes need not compute it again
                 stream.freeze(block, child, stage[-1].linears[-1] if len(final) == 1 else None)
+
+
+def _release(block: nn.Module) -> None:
+    if sum(p.numel() for p in block.parameters()) > RELEASE:
+        release()
 
 
 def sites_of(source: Checkpoint, block: nn.Module, stream: Stream) -> tuple[Site, ...]:
