@@ -7,6 +7,7 @@ leaves it behind; it is scratch space, not state (a resumed run recomputes it fr
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -20,7 +21,8 @@ RAM_LIMIT = 4 << 30  # bytes of hidden states kept in RAM before a file takes ov
 
 
 def release() -> None:
-    """Give freed memory back to the system: glibc keeps what was in pieces below 32 MB, which is most of what a layer takes."""
+    """Give freed memory back to the system: modules in reference cycles, and what glibc keeps of pieces below 32 MB, which is most of a layer."""
+    gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 

@@ -95,12 +95,10 @@ class Stats:
             self._factors[key] = self._factorize(damp, act_order)
         return self._factors[key]
 
-    def damped(self, factor: Factor) -> Tensor:
-        """H_d in the factor's solving order: what U was made of."""
+    def ridge(self, factor: Factor) -> Tensor:
+        """What the factor's damping adds to diag(H), [n], columns as the layer has them: H_d = H + diag(ridge)."""
         diagonal, mean = self._diagonal()
-        Hd = self.hessian[factor.order[:, None], factor.order]
-        Hd.diagonal().copy_(diagonal[factor.order] + factor.damp * mean)
-        return Hd
+        return diagonal - self.hessian.diagonal() + factor.damp * mean
 
     def _diagonal(self) -> tuple[Tensor, Tensor]:
         """diag(H) and its mean over live inputs; dead ones get that mean, so that they change neither the damping nor each other."""
@@ -139,6 +137,5 @@ class Stats:
 
     def error(self, W: Tensor, W_hat: Tensor) -> float:
         """Relative output error tr[(Ŵ−W) H (Ŵ−W)ᵀ] / tr[W H Wᵀ] of a replacement; 0 where W does not act at all."""
-        D = W_hat - W
-        numerator, denominator = ((D @ self.hessian) * D).sum(dtype=torch.float64), ((W @ self.hessian) * W).sum(dtype=torch.float64)
+        numerator, denominator = ((D @ self.hessian).mul_(D).sum(dtype=torch.float64) for D in (W_hat - W, W))
         return float(numerator / denominator) if denominator > 0 else 0.0

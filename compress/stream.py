@@ -104,6 +104,7 @@ class Stream:
         base = getattr(outer, outer.base_model_prefix, outer)
         blocks = outer.get_submodule(self.source.blocks_path)
         originals, states = list(blocks), None
+        kind = type(base).__name__  # `act` must not hold `base`: the cycle would keep the embedding alive
         self.is_tuple = self._returns_tuple(base, blocks)
         for rows in self.batches():
             first: list[Tensor] = []
@@ -113,7 +114,7 @@ class Stream:
                 if i == 0:
                     first.append(state)
                 elif state is not first[0]:
-                    raise CompressError(f"{type(base).__name__} changes the hidden state between blocks {i - 1} and {i}, outside of any block: it cannot be "
+                    raise CompressError(f"{kind} changes the hidden state between blocks {i - 1} and {i}, outside of any block: it cannot be "
                                         "taken block by block; add what it does there to compress/stream.py")  # fmt: skip
                 self.calls[i].append(tree_map(self._intern, (args, kwargs)))
                 return (state,) if self.is_tuple else state

@@ -130,6 +130,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                 if seen.dropped:
                     seen.note("tokens dropped", f"{seen.dropped} of {seen.dropped + seen.count} rows of the input were NaN or Inf")
                 fallbacks.extend({"what": f["what"], "where": f"{name}.{site.name}", "count": 1, "detail": f["detail"]} for f in seen.fallbacks)
+            del seen
         if stream is not None:
             for child in final:  # nothing in it is left to compress, so later passes need not compute it again
                 stream.freeze(block, child, stage[-1].linears[-1] if len(final) == 1 else None)

@@ -252,9 +252,9 @@ def test_descent_does_not_depend_on_the_block_size(block_size):
 def test_refitted_scales_solve_the_least_squares_problem_of_each_row():
     s, W = stats_of(correlated(n=96, tokens=512), torch.float64), weight(6, 96).double()
     codes, scale, zero, _ = GPTQ(bits=2, group_size=32, sweeps=0, act_order=False).solve(W, s, torch.float64)
-    Hd, groups = s.damped(s.factor(0.01, False)), torch.arange(96) // 32
-    new = refit_scales(codes.T, W.T, Hd, scale.T.double(), zero.T.double(), groups, torch.float64)
-    L = torch.linalg.cholesky(Hd)  # ‖(ŵ−w) L‖² is the error: ordinary least squares in the columns v_g L
+    ridge, groups = s.ridge(s.factor(0.01, False)), torch.arange(96) // 32
+    new = refit_scales(codes.T, W.T, s.hessian, ridge, scale.T.double(), zero.T.double(), torch.float64)
+    L = torch.linalg.cholesky(s.hessian + ridge.diag())  # ‖(ŵ−w) L‖² is the error: ordinary least squares in the columns v_g L
     for r in range(6):
         V = torch.zeros(3, 96, dtype=torch.float64)
         for g in range(3):

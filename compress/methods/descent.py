@@ -31,20 +31,23 @@ def one_thread(block: Tensor):
             torch.set_num_threads(threads)
 
 
-def descend(Q: Tensor, codes: Tensor, W: Tensor, Hd: Tensor, g: Grid, scale: Tensor, zero: Tensor, group_of: list[int], sweeps: int, block_size: int) -> None:
-    """Improve `codes` (uint8) and the values `Q` they stand for, in place. Q, codes, W [n, m], one column of the layer a row, in the order of Hd [n, n];
-    scale, zero [groups, m]."""
-    n = len(W)
-    D = Hd @ (Q - W)  # [n, m]
-    inverse = (1 / Hd.diagonal()).tolist()
+def descend(codes: Tensor, W: Tensor, H: Tensor, ridge: Tensor, g: Grid, scale: Tensor, zero: Tensor, sweeps: int, block_size: int) -> Tensor:
+    """Improve `codes` (uint8) in place; returns the error that is left. codes, W [n, m], one column of the layer a row; scale, zero [groups, m];
+    H_d = H [n, n] + diag(ridge [n])."""
+    (n, m), size = W.shape, len(W) // len(scale)
+    Q = codes.to(W.dtype).view(-1, size, m).sub_(zero[:, None]).mul_(scale[:, None]).view(n, m)  # the values that the codes stand for
+    E = Q - W
+    D = (H @ E).addcmul_(ridge[:, None], E)  # [n, m], kept at H_d (Q − W)
+    del E
+    inverse = (1 / (H.diagonal() + ridge)).tolist()
     for _ in range(sweeps):
         changed = 0
         for start in range(0, n, block_size):
             stop = min(start + block_size, n)
-            H_block, D_block, before = Hd[start:stop, start:stop], D[start:stop], Q[start:stop].clone()
+            H_block, D_block, before = H[start:stop, start:stop] + ridge[start:stop].diag(), D[start:stop], Q[start:stop].clone()
             with one_thread(D_block):
                 for i in range(stop - start):
-                    j, k = start + i, group_of[start + i]
+                    j, k = start + i, (start + i) // size
                     q = g.codes(Q[j].sub(D_block[i], alpha=inverse[j]), scale[k], zero[k])
                     value = (q - zero[k]) * scale[k]
                     D_block.addr_(H_block[i], value - Q[j])
@@ -52,7 +55,8 @@ def descend(Q: Tensor, codes: Tensor, W: Tensor, Hd: Tensor, g: Grid, scale: Ten
                     codes[j] = q.to(torch.uint8)
             step = Q[start:stop] - before
             changed += int(step.count_nonzero())
-            D[:start].addmm_(Hd[:start, start:stop], step)
-            D[stop:].addmm_(Hd[stop:, start:stop], step)
+            D[:start].addmm_(H[:start, start:stop], step)
+            D[stop:].addmm_(H[stop:, start:stop], step)
         if changed < 1e-4 * Q.numel():
             break
+    return Q.sub_(W).mul_(D).sum(dtype=torch.float64)

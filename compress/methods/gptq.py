@@ -64,16 +64,27 @@ class GPTQ(IntOptions):
         U, order = factor.U, factor.order
         if stats.dead.any():  # an input that was always zero has no say: its weights become the grid's zero, and that is told
             stats.note("inputs never active", f"{int(stats.dead.sum())} of {n} inputs were 0 on all {stats.count} tokens: their weights are set to 0")
-        W = weight.masked_fill(stats.dead, 0)
+            weight = weight.masked_fill(stats.dead, 0)
         h = torch.empty_like(U[0]).index_copy_(0, order, U.diagonal() ** -2).view(-1, size)
         power = 3 if self.levels > 4 else 4
         fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype, power)  # W [m, groups, size]
-        g = fit(W.view(m, -1, size), h)
-        scale, zero = g.scale.T.to(W.dtype).contiguous(), g.zero.T.to(W.dtype).contiguous()  # [groups, m]
-        group_of = (order // size).tolist()
+        g = fit(weight.reshape(m, -1, size), h)
+        scale, zero = g.scale.T.to(weight.dtype).contiguous(), g.zero.T.to(weight.dtype).contiguous()  # [groups, m]
+        codes, loss = self._sweep(weight.T[order].contiguous(), U, g, scale, zero, (order // size).tolist(), h, fit)
+        restored = torch.empty_like(codes)
+        restored[order] = codes
+        codes = restored
+        if (self.sweeps or self.refits) and not factor.failed:
+            W, H, ridge = weight.T.contiguous(), stats.hessian, stats.ridge(factor)
+            loss = descend(codes, W, H, ridge, g, scale, zero, self.sweeps, self.block_size)
+            for _ in range(self.refits):
+                scale = refit_scales(codes, W, H, ridge, scale, zero, scale_dtype)
+                loss = descend(codes, W, H, ridge, g, scale, zero, self.sweeps, self.block_size)
+        return codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), loss
 
-        W = W.T[order].contiguous()  # [n, m], one column of the paper a row, in solving order
-        original = W.clone() if self.sweeps or self.refits else W
+    def _sweep(self, W: Tensor, U: Tensor, g: grid.Grid, scale: Tensor, zero: Tensor, group_of: list[int], h: Tensor, fit) -> tuple[Tensor, Tensor]:
+        """Codes [n, m] and Σe² of W [n, m], one column of the paper a row, in solving order; W is used up."""
+        (n, m), size = W.shape, h.shape[1]
         codes = torch.empty(n, m, dtype=torch.uint8, device=W.device)
         loss = torch.zeros((), dtype=torch.float64, device=W.device)
         for start in range(0, n, self.block_size):
@@ -93,22 +104,7 @@ class GPTQ(IntOptions):
                     block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
             W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
             loss += E.double().square().sum()
-        if (self.sweeps or self.refits) and not factor.failed:
-            loss = self._improve(codes, original, stats.damped(factor), g, scale, zero, group_of, scale_dtype)
-        restored = torch.empty_like(codes)
-        restored[order] = codes
-        return restored.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), loss
-
-    def _improve(self, codes: Tensor, W: Tensor, Hd: Tensor, g: grid.Grid, scale: Tensor, zero: Tensor, group_of: list[int], dtype: torch.dtype) -> Tensor:
-        """Descent on the codes, then alternately on scales and codes, all in place; the error in the damped H-norm."""
-        index = torch.tensor(group_of, device=W.device)
-        values = lambda: (codes.to(W.dtype) - zero[index]) * scale[index]
-        descend(values(), codes, W, Hd, g, scale, zero, group_of, self.sweeps, self.block_size)
-        for _ in range(self.refits):
-            scale.copy_(refit_scales(codes, W, Hd, scale, zero, index, dtype))
-            descend(values(), codes, W, Hd, g, scale, zero, group_of, self.sweeps, self.block_size)
-        D = values() - W
-        return ((Hd @ D) * D).sum(dtype=torch.float64)
+        return codes, loss
 
     @staticmethod
     def _refit(fit, W: Tensor, E: Tensor, U: Tensor, h: Tensor, start: int, i: int, size: int, scale: Tensor, zero: Tensor, k: int) -> None:

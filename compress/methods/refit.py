@@ -13,20 +13,21 @@ import torch
 from torch import Tensor
 
 
-def refit_scales(codes: Tensor, W: Tensor, Hd: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Scales [groups, m] that are at least as good as `scale`. codes, W [n, m] one column of the layer a row, in the order of Hd [n, n]; zero [groups, m];
-    group_of [n]."""
-    groups, m = scale.shape
-    V = codes.to(W.dtype) - zero[group_of]  # [n, m]
+def refit_scales(codes: Tensor, W: Tensor, H: Tensor, ridge: Tensor, scale: Tensor, zero: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Scales [groups, m] that are at least as good as `scale`. codes, W [n, m], one column of the layer a row; zero [groups, m];
+    H_d = H [n, n] + diag(ridge [n])."""
+    (groups, m), size = scale.shape, len(W) // len(scale)
     A = torch.empty(m, groups, groups, dtype=W.dtype, device=W.device)
     b = torch.empty(m, groups, dtype=W.dtype, device=W.device)
-    members = [torch.nonzero(group_of == g)[:, 0] for g in range(groups)]
-    for g, rows in enumerate(members):
-        P = Hd[:, rows] @ V[rows]  # [n, m]: H_d v_g for every row of the layer
+    V = codes.to(W.dtype).view(groups, size, m).sub_(zero[:, None])
+    for g in range(groups):
+        rows = slice(g * size, (g + 1) * size)
+        P = H[:, rows] @ V[g]  # [n, m]: H_d v_g for every row of the layer
+        P[rows].addcmul_(ridge[rows, None], V[g])
         b[:, g] = (P * W).sum(0)
-        A[:, :, g] = torch.zeros(groups, m, dtype=W.dtype, device=W.device).index_add_(0, group_of, P * V).T
-    ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)  # a group whose codes are all zero has no say: keep the system regular
-    solved, info = torch.linalg.solve_ex(A + torch.diag_embed(ridge[:, None].expand(m, groups)), b)
+        A[:, :, g] = P.view(groups, size, m).mul_(V).sum(1).T
+    floor = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)  # a group whose codes are all zero has no say: keep the system regular
+    solved, info = torch.linalg.solve_ex(A + torch.diag_embed(floor[:, None].expand(m, groups)), b)
     new = solved.T.to(scale_dtype).to(W.dtype)  # rounded before it is judged
     usable = torch.isfinite(new) & (new * scale > 0) & (info == 0)
     new = torch.where(usable, new, scale)
