@@ -3,7 +3,10 @@
     H = (1/T) Σ_t x_t x_tᵀ          over the T valid, finite tokens that reached the site
 
 H is all that second-order methods need: the error of a replacement Ŵ is tr[(Ŵ−W) H (Ŵ−W)ᵀ]. It is accumulated in fp32, in a fixed order,
-upper block triangle only, and mirrored at the end: same tokens, same bytes.
+upper block triangle only, and mirrored at the end: same tokens, same bytes. Where a method asks for it, the same tokens on their way through the
+original model give
+
+    C = (1/T) Σ_t (x̃_t − x_t) x_tᵀ          x̃ the input that the original layer sees, x the one behind compressed layers
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class Stats:
     hessian: Tensor  # [n, n] fp32
     count: int = 0  # tokens accumulated
     dropped: int = 0  # tokens left out because a value was NaN or Inf
+    cross: Tensor | None = None  # [n, n] fp32, C; None where no method asked, or where the two streams cannot be matched
     fallbacks: list[dict] = field(default_factory=list)
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict)
 
@@ -53,19 +57,28 @@ class Stats:
     def zeros(cls, n: int, device: torch.device | str = "cpu") -> Stats:
         return cls(torch.zeros(n, n, dtype=torch.float32, device=device))
 
-    def add(self, x: Tensor) -> None:
-        """Accumulate tokens x [..., n] of any float dtype; rows that hold NaN or Inf are counted and left out."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Accumulate tokens x [..., n] of any float dtype, and what the `original` model has in their place.
+
+        Rows that hold NaN or Inf are counted and left out.
+        """
         exact_in_bf16 = x.dtype == torch.bfloat16
         x = x.reshape(-1, x.shape[-1]).float()
-        if not torch.isfinite(x.sum(dim=1)).all():  # cheap; only when it trips is every element looked at
-            finite = torch.isfinite(x).all(dim=1)
+        pair = [x] if original is None else [x, original.reshape(-1, x.shape[-1]).float()]
+        if not torch.isfinite(sum(t.sum(dim=1) for t in pair)).all():  # cheap; only when it trips is every element looked at
+            finite = torch.stack([torch.isfinite(t).all(dim=1) for t in pair]).all(0)
             self.dropped += int((~finite).sum())
-            x = x[finite]
+            pair = [t[finite] for t in pair]
+        x = pair[0]
         self.count += len(x)
         n = x.shape[1]
         with _bf16_products(exact_in_bf16):
             for i in range(0, n, TILE):
                 self.hessian[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, x[:, i:])
+            if original is not None:
+                if self.cross is None:
+                    self.cross = torch.zeros_like(self.hessian)
+                self.cross.addmm_(pair[1].T, x)  # x̃ xᵀ, whose factors are exact in bf16 where those of (x̃ − x) xᵀ are not
 
     def finish(self) -> Stats:
         """Mirror the upper triangle and divide by the number of tokens."""
@@ -73,6 +86,8 @@ class Stats:
         H += H.triu(1).T
         if self.count:
             H /= self.count
+            if self.cross is not None:
+                self.cross.div_(self.count).sub_(H)
         return self
 
     def note(self, what: str, detail: str) -> None:
@@ -99,6 +114,12 @@ class Stats:
         """What the factor's damping adds to diag(H), [n], columns as the layer has them: H_d = H + diag(ridge)."""
         diagonal, mean = self._diagonal()
         return diagonal - self.hessian.diagonal() + factor.damp * mean
+
+    def propagated(self, W: Tensor, factor: Factor) -> Tensor:
+        """W C H_d⁻¹ [out, n]: what to add to W for Ŵx to come nearest to Wx̃, the output the original layer gives on its own, unharmed input."""
+        shift = torch.empty_like(W)
+        shift[:, factor.order] = (W @ self.cross)[:, factor.order] @ factor.U.T @ factor.U
+        return shift
 
     def _diagonal(self) -> tuple[Tensor, Tensor]:
         """diag(H) and its mean over live inputs; dead ones get that mean, so that they change neither the damping nor each other."""

@@ -90,7 +90,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)  # refuses bad group sizes before anything is written
     fallbacks = [{"what": "pattern matches nothing", "where": p, "count": 1, "detail": "no linear of this model has such a path"}
                  for p in preflight.unmatched(chosen, planned.layers)]  # fmt: skip
-    needs = any(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None)
+    needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
     data = None
     if needs:
         data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
@@ -114,12 +114,13 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         generator = torch.Generator().manual_seed(seed)
         probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
         stream = Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if data else None
+        original = Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if "cross" in needs else None
         headers: dict[str, dict] = {}
         copy_outer(source, writer, headers)
         resumed = 0
         compressed = [layer for layer in planned.layers if layer.method]
         with progress.Layers(len(compressed), show) as screen, _log(folder) as log:
-            for done in walk(source, chosen, writer, stream, probe, headers):
+            for done in walk(source, chosen, writer, stream, original, probe, headers):
                 resumed += done.resumed
                 screen.layer(done)
                 log(done)

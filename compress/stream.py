@@ -203,45 +203,55 @@ class Stream:
         self._frozen.clear()
         self.at += 1
 
-    def collect(self, block: nn.Module, sites: dict[str, str], *, keep: bool = False) -> dict[str, Stats]:
+    def collect(self, block: nn.Module, sites: dict[str, str], *, keep: bool = False, original: tuple[Stream, nn.Module] | None = None) -> dict[str, Stats]:
         """Second moments of the inputs of several modules in one pass: {name: module path in the block} → {name: Stats}.
 
-        With a single site the forward stops as soon as its input is known; `keep` remembers that input for `freeze`.
+        `keep` remembers the input of a single site for `freeze`. `original`, another stream of the same tokens and the block as it was, adds the
+        cross moments with the inputs that the original model has there.
         """
         stats: dict[str, Stats] = {}
-        valid: list[Tensor | None] = [None]
-        rows_now: list[slice] = [slice(0, 0)]
         self._inputs = Kept()
+        if original is not None:
+            original[0]._inputs = Kept()
+        for i, rows in enumerate(self.batches()):
+            theirs: dict[str, Tensor] = {}
+            if original is not None:
+                original[0]._visit(original[1], sites, i, rows, keep, theirs.__setitem__)
+            valid = None if self.mask is None else self.mask[rows].to(self.device).flatten()
 
-        def hook(name: str):
-            def pre(module, args):
-                x, mask = args[0], valid[0]
+            def add(name, x, rows=rows, theirs=theirs, valid=valid):
                 site = stats.get(name)
                 if site is None:
                     site = stats[name] = Stats.zeros(x.shape[-1], x.device)
-                if mask is not None:
-                    if x.shape[:-1].numel() == mask.numel():
-                        x = x.reshape(-1, x.shape[-1])[mask.flatten()]
-                    else:  # routed tokens no longer tell which window they came from
+                routed = x.shape[:-1].numel() != self.tokens[rows].numel()  # an expert's tokens: they do not tell where they came from
+                other = None if routed else theirs.get(name)
+                if valid is not None:
+                    if routed:
                         site.note("padding not excluded", "the tokens of a routed expert do not tell which are padding")
-                site.add(x)
-                if len(sites) == 1:
-                    if keep and len(args[0]) == len(self.tokens[rows_now[0]]):
-                        self._inputs.put(rows_now[0], args[0], len(self.tokens), self.folder)
-                    raise Reached
+                    else:
+                        x, other = (t if t is None else t.reshape(-1, t.shape[-1])[valid] for t in (x, other))
+                site.add(x, other)
 
-            return pre
+            self._visit(block, sites, i, rows, keep, add)
+        return {name: s.finish() for name, s in stats.items()}
 
-        handles = [block.get_submodule(path).register_forward_pre_hook(hook(name)) for name, path in sites.items()]
+    def _visit(self, block: nn.Module, sites: dict[str, str], i: int, rows: slice, keep: bool, act: Callable[[str, Tensor], None]) -> None:
+        """Send batch i through the block and show `act` the input of every site. With a single site the forward stops there."""
+
+        def pre(name, module, args):
+            act(name, args[0])
+            if len(sites) == 1:
+                if keep and len(args[0]) == len(self.tokens[rows]):
+                    self._inputs.put(rows, args[0], len(self.tokens), self.folder)
+                raise Reached
+
+        handles = [block.get_submodule(path).register_forward_pre_hook(partial(pre, name)) for name, path in sites.items()]
         try:
-            for rows, call in zip(self.batches(), self.calls[self.at], strict=True):
-                rows_now[0], valid[0] = rows, None if self.mask is None else self.mask[rows].to(self.device)
-                with suppress(Reached):
-                    self.forward(block, rows, call)
+            with suppress(Reached):
+                self.forward(block, rows, self.calls[self.at][i])
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: s.finish() for name, s in stats.items()}
 
     # ---- behind the blocks
 

@@ -7,6 +7,7 @@ exactly the states it would have had.
 
 from __future__ import annotations
 
+import copy
 import re
 import time
 from collections.abc import Iterator
@@ -44,15 +45,18 @@ class Done:
     resumed: bool
 
 
-def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | None, probe: Stream, headers: dict[str, dict]) -> Iterator[Done]:
+def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | None, original: Stream | None, probe: Stream,
+         headers: dict[str, dict]) -> Iterator[Done]:  # fmt: skip
     """Compress every block of `source` into `writer`, yielding each layer as it is done; `headers` receives the record of every shard.
 
-    `stream` carries the calibration tokens, None when no method needs statistics; `probe` a few tokens whose logits `verify` will compare.
+    `stream` carries the calibration tokens through the compressed blocks, None when no method needs statistics; `original` the same tokens through the
+    blocks as they were, None when no method compares the two; `probe` a few tokens whose logits `verify` will compare.
     """
     for i in range(source.num_blocks):
         shard, name = f"block-{i:05d}", source.block_name(i)
         block = source.load_block(i, probe.device)
         _release(block)
+        twin = None if original is None else _twin(block)
         header = writer.header(shard)
         if header is not None:
             tensors = writer.read(shard)
@@ -65,19 +69,21 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
             layers: dict[str, LayerRecord] = {}
             formats: dict[str, Format] = {}
             fallbacks: list[dict] = []
-            for done, weight in _compress_block(source, recipe, block, i, stream, probe, fallbacks):
+            for done, weight in _compress_block(source, recipe, block, i, stream, original and (original, twin), probe, fallbacks):
                 layers[done.name], formats[done.name.removeprefix(name + ".")] = done.record, weight
                 yield done
             header = writer.commit(shard, _tensors(block, name, formats), layers, fallbacks)
         headers[shard] = header
         if stream is not None and i + 1 < source.num_blocks:
             stream.advance(block)
+            if original is not None:
+                original.advance(twin)
         probe.advance(block)
-        del block
+        del block, twin
 
 
-def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int, stream: Stream | None, probe: Stream,
-                    fallbacks: list[dict]) -> Iterator[tuple[Done, Format]]:  # fmt: skip
+def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int, stream: Stream | None,
+                    original: tuple[Stream, nn.Module] | None, probe: Stream, fallbacks: list[dict]) -> Iterator[tuple[Done, Format]]:  # fmt: skip
     name = source.block_name(i)
     sites = sites_of(source, block, stream or probe)
     plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
@@ -91,7 +97,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
         if not waiting and stream is not None and stream.nbytes(in_features(block.get_submodule(stage[-1].linears[-1]))) > KEEP_LIMIT:
             final = set()  # only one pass is left: not worth keeping the widest input of the block
         if stream is not None:
-            stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage}, keep=bool(final))
+            stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage}, keep=bool(final), original=original)
             _release(block)
         shared = (time.perf_counter() - started) / sum(p in plan for s in stage for p in s.linears)
         for site in stage:
@@ -133,7 +139,15 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
             del seen
         if stream is not None:
             for child in final:  # nothing in it is left to compress, so later passes need not compute it again
-                stream.freeze(block, child, stage[-1].linears[-1] if len(final) == 1 else None)
+                last = stage[-1].linears[-1] if len(final) == 1 else None
+                stream.freeze(block, child, last)
+                if original is not None:
+                    original[0].freeze(original[1], child, last)
+
+
+def _twin(block: nn.Module) -> nn.Module:
+    """The block as it is now, its tensors shared: compressing replaces a weight and never writes into it."""
+    return copy.deepcopy(block, {id(t): t for t in (*block.parameters(), *block.buffers())})
 
 
 def _release(block: nn.Module) -> None:
