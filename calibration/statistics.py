@@ -42,6 +42,10 @@ class Factor:
     failed: bool  # no damping up to 1 made H positive definite: U is the identity, which is plain rounding
 
 
+def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a.T @ b if total is None else total.addmm_(a.T, b)
+
+
 @dataclass(eq=False)
 class Stats:
     """Second moments of one site's input. `fallbacks` collects what did not go as asked, for the manifest."""
@@ -49,6 +53,8 @@ class Stats:
     hessian: Tensor  # [n, n] fp32
     count: int = 0  # tokens accumulated
     dropped: int = 0  # tokens left out because a value was NaN or Inf
+    total: float = 0.0  # the sum of their weights; the same number where tokens count alike
+    missing: Tensor | None = None  # [out, n] fp32, (1/T) Σ_t d_t x_tᵀ with d what the residual stream already lacks where the layer adds to it
     cross: Tensor | None = None  # [n, n] fp32, C; None where no method asked, or where the two streams cannot be matched
     fallbacks: list[dict] = field(default_factory=list)
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict)
@@ -57,37 +63,43 @@ class Stats:
     def zeros(cls, n: int, device: torch.device | str = "cpu") -> Stats:
         return cls(torch.zeros(n, n, dtype=torch.float32, device=device))
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Accumulate tokens x [..., n] of any float dtype, and what the `original` model has in their place.
+    def add(self, x: Tensor, original: Tensor | None = None, missing: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """Accumulate tokens x [..., n] of any float dtype, what the `original` model has in their place, what the residual
+        stream lacks (`missing` [..., out]) beside the layer, and what each token counts (`weight` [...]).
 
         Rows that hold NaN or Inf are counted and left out.
         """
         exact_in_bf16 = x.dtype == torch.bfloat16
-        x = x.reshape(-1, x.shape[-1]).float()
-        pair = [x] if original is None else [x, original.reshape(-1, x.shape[-1]).float()]
-        if not torch.isfinite(sum(t.sum(dim=1) for t in pair)).all():  # cheap; only when it trips is every element looked at
-            finite = torch.stack([torch.isfinite(t).all(dim=1) for t in pair]).all(0)
+        x = x.reshape(-1, x.shape[-1])
+        parts = {"x": x, "original": original, "missing": missing, "weight": weight}
+        parts = {k: t.reshape(len(x), -1).float() for k, t in parts.items() if t is not None}
+        if not torch.isfinite(sum(t.sum(dim=1) for t in parts.values())).all():  # cheap; only when it trips is every element looked at
+            finite = torch.stack([torch.isfinite(t).all(dim=1) for t in parts.values()]).all(0)
             self.dropped += int((~finite).sum())
-            pair = [t[finite] for t in pair]
-        x = pair[0]
+            parts = {k: t[finite] for k, t in parts.items()}
+        x, weight = parts["x"], parts.get("weight")
         self.count += len(x)
+        self.total += len(x) if weight is None else float(weight.sum(dtype=torch.float64))
         n = x.shape[1]
-        with _bf16_products(exact_in_bf16):
+        y = x if weight is None else x * weight
+        with _bf16_products(exact_in_bf16 and weight is None):
             for i in range(0, n, TILE):
-                self.hessian[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, x[:, i:])
-            if original is not None:
-                if self.cross is None:
-                    self.cross = torch.zeros_like(self.hessian)
-                self.cross.addmm_(pair[1].T, x)  # x̃ xᵀ, whose factors are exact in bf16 where those of (x̃ − x) xᵀ are not
+                self.hessian[i : i + TILE, i:].addmm_(x[:, i : i + TILE].T, y[:, i:])
+            if original is not None:  # x̃ xᵀ, whose factors are exact in bf16 where those of (x̃ − x) xᵀ are not
+                self.cross = _plus(self.cross, parts["original"], y)
+            if missing is not None:
+                self.missing = _plus(self.missing, parts["missing"], y)
 
     def finish(self) -> Stats:
-        """Mirror the upper triangle and divide by the number of tokens."""
+        """Mirror the upper triangle and divide by the weight of the tokens."""
         H = self.hessian.triu_()
         H += H.triu(1).T
-        if self.count:
-            H /= self.count
+        if self.total:
+            H /= self.total
             if self.cross is not None:
-                self.cross.div_(self.count).sub_(H)
+                self.cross.div_(self.total).sub_(H)
+            if self.missing is not None:
+                self.missing /= self.total
         return self
 
     def note(self, what: str, detail: str) -> None:
@@ -116,9 +128,13 @@ class Stats:
         return diagonal - self.hessian.diagonal() + factor.damp * mean
 
     def propagated(self, W: Tensor, factor: Factor) -> Tensor:
-        """W C H_d⁻¹ [out, n]: what to add to W for Ŵx to come nearest to Wx̃, the output the original layer gives on its own, unharmed input."""
+        """(W C + D) H_d⁻¹ [out, n]: what to add to W for Ŵx to come nearest to Wx̃ + d.
+
+        Wx̃ is what the original layer gives on its own, unharmed input; d what the residual stream has lost before this layer adds to it.
+        """
+        wanted = (W @ self.cross if self.missing is None else torch.addmm(self.missing.to(W.dtype), W, self.cross))[:, factor.order]
         shift = torch.empty_like(W)
-        shift[:, factor.order] = (W @ self.cross)[:, factor.order] @ factor.U.T @ factor.U
+        shift[:, factor.order] = wanted @ factor.U.T @ factor.U
         return shift
 
     def _diagonal(self) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from . import artifact, preflight, progress, verification
 from . import recipe as _recipe
 from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, read_manifest
 from .calibration.data import CalibrationSet, load_calibration
+from .calibration.guidance import token_weights
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .errors import CompressError
 from .eval import compare as _compare
@@ -114,13 +115,16 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         generator = torch.Generator().manual_seed(seed)
         probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
         stream = Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if data else None
-        original = Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if "cross" in needs else None
+        original = Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if "cross" in needs or chosen.tune else None
+        guidance = None
+        if "guidance" in needs:
+            guidance = token_weights(Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent), seed)
         headers: dict[str, dict] = {}
         copy_outer(source, writer, headers)
         resumed = 0
         compressed = [layer for layer in planned.layers if layer.method]
         with progress.Layers(len(compressed), show) as screen, _log(folder) as log:
-            for done in walk(source, chosen, writer, stream, original, probe, headers):
+            for done in walk(source, chosen, writer, stream, original, guidance, probe, headers):
                 resumed += done.resumed
                 screen.layer(done)
                 log(done)

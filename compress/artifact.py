@@ -54,7 +54,7 @@ class LayerRecord(Record):
     planned_bytes: int
     parameters: int
     error: float  # tr[(Ŵ−W)H(Ŵ−W)ᵀ]/tr[WHWᵀ]; with no calibration H is the identity
-    error_norm: str  # "hessian" or "identity"
+    error_norm: str  # "hessian", "guided" (tokens weighed) or "identity"
     tokens: int  # calibration tokens that reached it
 
 

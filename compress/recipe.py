@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import CompressError
 from .methods import METHODS
+from .tune import Tune
 
 RECIPES = Path(__file__).parent / "recipes"
 if not RECIPES.is_dir():  # a bare checkout: the folder lies beside the package
@@ -74,6 +75,7 @@ class Recipe(BaseModel):
     description: str = ""
     steps: tuple[Step, ...] = Field(min_length=1)
     ignore: tuple[str, ...] = ()
+    tune: Tune | None = None  # train codes and scales of each block against the original block, after its linears are solved
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
 
     def step_for(self, path: str) -> Step | None:
@@ -99,6 +101,9 @@ class Recipe(BaseModel):
                 if option not in known:
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value
+                continue
+            if method == "tune":
+                data["tune"] = (data["tune"] or {}) | {option: value}
                 continue
             hit = [step for step in data["steps"] if step["method"] == method]
             if not hit:

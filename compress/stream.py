@@ -174,6 +174,10 @@ class Stream:
             kept = Kept()
         self._frozen[name] = kept
 
+    def thaw(self) -> None:
+        """Forget what was frozen: the block is about to change as a whole."""
+        self._frozen.clear()
+
     def _ends_in(self, block: nn.Module, name: str, last: str, kept: Kept) -> bool:
         """Does child `name` give out what its linear `last` makes of the inputs kept? Tried on the first batch, to the bit."""
         if kept.store is None or len(kept.rows) < len(self.calls[self.at]):
@@ -203,73 +207,147 @@ class Stream:
         self._frozen.clear()
         self.at += 1
 
-    def collect(self, block: nn.Module, sites: dict[str, str], *, keep: bool = False, original: tuple[Stream, nn.Module] | None = None) -> dict[str, Stats]:
+    def collect(self, block: nn.Module, sites: dict[str, str], *, keep: bool = False, original: tuple[Stream, nn.Module] | None = None,
+                weights: dict[str, Tensor] | None = None) -> dict[str, Stats]:  # fmt: skip
         """Second moments of the inputs of several modules in one pass: {name: module path in the block} → {name: Stats}.
 
         `keep` remembers the input of a single site for `freeze`. `original`, another stream of the same tokens and the block as it was, adds the
-        cross moments with the inputs that the original model has there.
+        cross moments with the inputs that the original model has there. `weights` {name: [tokens]} says what each token counts.
         """
         stats: dict[str, Stats] = {}
         self._inputs = Kept()
+        reader = None
         if original is not None:
             original[0]._inputs = Kept()
+            if len(sites) == 1:
+                reader = original[0]._reader(original[1], *sites.values())
         for i, rows in enumerate(self.batches()):
-            theirs: dict[str, Tensor] = {}
+            theirs: dict[str, tuple[Tensor, Tensor | None]] = {}
             if original is not None:
-                original[0]._visit(original[1], sites, i, rows, keep, theirs.__setitem__)
+                original[0]._visit(original[1], sites, reader, i, rows, keep, lambda name, *seen, theirs=theirs: theirs.update({name: seen}))
             valid = None if self.mask is None else self.mask[rows].to(self.device).flatten()
 
-            def add(name, x, rows=rows, theirs=theirs, valid=valid):
+            def add(name, x, residual, rows=rows, theirs=theirs, valid=valid):
                 site = stats.get(name)
                 if site is None:
                     site = stats[name] = Stats.zeros(x.shape[-1], x.device)
-                routed = x.shape[:-1].numel() != self.tokens[rows].numel()  # an expert's tokens: they do not tell where they came from
-                other = None if routed else theirs.get(name)
-                if valid is not None:
-                    if routed:
+                x = x.reshape(-1, x.shape[-1])
+                if len(x) != self.tokens[rows].numel():  # an expert's tokens: they do not tell where they came from
+                    if valid is not None:
                         site.note("padding not excluded", "the tokens of a routed expert do not tell which are padding")
-                    else:
-                        x, other = (t if t is None else t.reshape(-1, t.shape[-1])[valid] for t in (x, other))
-                site.add(x, other)
+                    return site.add(x)
+                other, wanted = theirs.get(name, (None, None))
+                missing = None if residual is None else wanted.float() - residual.float()
+                weight = None if weights is None or name not in weights else weights[name].view(len(self.tokens), -1)[rows].to(x.device)
+                pieces = [None if t is None else t.reshape(len(x), -1) for t in (x, other, missing, weight)]
+                site.add(*(t if t is None or valid is None else t[valid] for t in pieces))
 
-            self._visit(block, sites, i, rows, keep, add)
+            self._visit(block, sites, reader, i, rows, keep, add)
         return {name: s.finish() for name, s in stats.items()}
 
-    def _visit(self, block: nn.Module, sites: dict[str, str], i: int, rows: slice, keep: bool, act: Callable[[str, Tensor], None]) -> None:
-        """Send batch i through the block and show `act` the input of every site. With a single site the forward stops there."""
+    def _visit(self, block: nn.Module, sites: dict[str, str], reader: str | None, i: int, rows: slice, keep: bool,
+               act: Callable[[str, Tensor, Tensor | None], None]) -> None:  # fmt: skip
+        """Send batch i through the block and show `act` the input of every site; once all have been seen the forward stops.
+
+        Where the one site's linear adds to the residual stream (see `_reader`), act is also shown that stream without what the linear adds.
+        """
+        waiting, handles = set(sites), []
 
         def pre(name, module, args):
-            act(name, args[0])
-            if len(sites) == 1:
-                if keep and len(args[0]) == len(self.tokens[rows]):
-                    self._inputs.put(rows, args[0], len(self.tokens), self.folder)
-                raise Reached
+            if keep and len(sites) == 1 and len(args[0]) == len(self.tokens[rows]):
+                self._inputs.put(rows, args[0], len(self.tokens), self.folder)
+            if reader is None:
+                act(name, args[0], None)
+                waiting.discard(name)
+                if not waiting:
+                    raise Reached
 
-        handles = [block.get_submodule(path).register_forward_pre_hook(partial(pre, name)) for name, path in sites.items()]
+        def silence(name, module, args, y):
+            if reader:
+                handles.append(block.get_submodule(reader).register_forward_pre_hook(lambda module, seen: finish(name, args[0], seen[0])))
+            else:
+                held[:] = [name, args[0]]
+            return torch.zeros_like(y)
+
+        def finish(name, x, residual):
+            act(name, x, residual)
+            raise Reached
+
+        held: list = []
+        for name, path in sites.items():
+            handles.append(block.get_submodule(path).register_forward_pre_hook(partial(pre, name)))
+            if reader is not None:
+                handles.append(block.get_submodule(path).register_forward_hook(partial(silence, name)))
         try:
             with suppress(Reached):
-                self.forward(block, rows, self.calls[self.at][i])
+                out = self.forward(block, rows, self.calls[self.at][i])
+                if held:
+                    act(*held, out)
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _reader(self, block: nn.Module, path: str) -> str | None:
+        """What reads the residual stream once linear `path` has added to it: a module of the block, or "" for what follows the block.
+
+        None where the output goes through something else first (a norm, a gate, routing). Found on the first batch, by leaving the output out.
+        """
+        rows, call = next(self.batches()), self.calls[self.at][0]
+        written: list[Tensor] = []
+
+        def watch(silent: bool) -> dict[str, Tensor]:
+            seen: dict[str, Tensor] = {}
+            started: list[bool] = []
+
+            def write(module, args, y):
+                started.append(True)
+                written[:] = [y]
+                return torch.zeros_like(y) if silent else None
+
+            def see(name, module, args):
+                if started and args and isinstance(args[0], Tensor) and args[0].shape == self.hidden[rows].shape:
+                    seen.setdefault(name, args[0])
+
+            handles = [module.register_forward_pre_hook(partial(see, name)) for name, module in block.named_modules() if name]
+            handles.append(block.get_submodule(path).register_forward_hook(write))
+            seen[""] = self.forward(block, rows, call)
+            for handle in handles:
+                handle.remove()
+            return seen
+
+        without, with_it = watch(True), watch(False)
+        y = written[0].float()
+        for name in [*(n for n in with_it if n), ""]:
+            if name in without and with_it[name].shape == y.shape and (with_it[name].float() - without[name].float() - y).norm() < 0.1 * y.norm():
+                return name
+        return None
+
     # ---- behind the blocks
+
+    def tail(self) -> Callable[[Tensor], Tensor]:
+        """What the model does behind its last block (final norm, head, soft-capping): hidden states [b, seqlen, width] → logits [b, seqlen, vocab]."""
+        outer = self.source.load_outer(self.device, embeddings=False)
+        blocks = outer.get_submodule(self.source.blocks_path)
+        last, width = len(blocks) - 1, outer.get_input_embeddings().weight.shape[1]
+        state: list[Tensor] = []
+
+        def act(i, args, kwargs):
+            out = state[0] if i == last else args[0] if args else kwargs["hidden_states"]
+            return (out,) if self.is_tuple else out
+
+        for i, block in enumerate(list(blocks)):
+            blocks[i] = StandIn(block, lambda args, kwargs, i=i: act(i, args, kwargs))
+
+        def run(hidden: Tensor) -> Tensor:
+            state[:] = [hidden]
+            zeros = torch.zeros(*hidden.shape[:2], width, dtype=self.source.dtype, device=self.device)
+            return outer(inputs_embeds=zeros, use_cache=False).logits
+
+        return run
 
     @torch.no_grad()
     def logits(self) -> Iterator[Tensor]:
-        """Logits [b, seqlen, vocab] batch by batch, by the model's own tail (final norm, head, soft-capping)."""
-        outer = self.source.load_outer(self.device, embeddings=False)
-        blocks = outer.get_submodule(self.source.blocks_path)
-        originals, last = list(blocks), len(blocks) - 1
-        width = outer.get_input_embeddings().weight.shape[1]
+        """Logits [b, seqlen, vocab] batch by batch."""
+        tail = self.tail()
         for rows in self.batches():
-            state = self.hidden[rows].to(self.device)
-
-            def act(i, args, kwargs, state=state):
-                out = state if i == last else args[0] if args else kwargs["hidden_states"]
-                return (out,) if self.is_tuple else out
-
-            for i, block in enumerate(originals):
-                blocks[i] = StandIn(block, lambda args, kwargs, i=i: act(i, args, kwargs))
-            zeros = torch.zeros(*state.shape[:2], width, dtype=self.source.dtype, device=self.device)
-            yield outer(inputs_embeds=zeros, use_cache=False).logits
+            yield tail(self.hidden[rows].to(self.device))

@@ -27,6 +27,7 @@ from .formats import Format, build
 from .linear import get_weight, in_features, set_weight
 from .recipe import Recipe
 from .stream import Stream
+from .tune import tune_block
 
 STATS_LIMIT = 2 << 30  # bytes of Hessians gathered in one pass; more experts take more passes
 KEEP_LIMIT = 256 << 20  # bytes of down_proj's input kept so that the last pass need not run gate and up again
@@ -45,12 +46,13 @@ class Done:
     resumed: bool
 
 
-def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | None, original: Stream | None, probe: Stream,
-         headers: dict[str, dict]) -> Iterator[Done]:  # fmt: skip
+def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | None, original: Stream | None,
+         guidance: list[dict[str, Tensor]] | None, probe: Stream, headers: dict[str, dict]) -> Iterator[Done]:  # fmt: skip
     """Compress every block of `source` into `writer`, yielding each layer as it is done; `headers` receives the record of every shard.
 
-    `stream` carries the calibration tokens through the compressed blocks, None when no method needs statistics; `original` the same tokens through the
-    blocks as they were, None when no method compares the two; `probe` a few tokens whose logits `verify` will compare.
+    `stream` carries the calibration tokens through the compressed blocks, None when no method needs statistics; `original` the same tokens through
+    the blocks as they were, None when nothing compares the two; `guidance` says what each token counts (calibration/guidance.py), None when all count
+    alike; `probe` carries a few tokens whose logits `verify` will compare.
     """
     for i in range(source.num_blocks):
         shard, name = f"block-{i:05d}", source.block_name(i)
@@ -65,25 +67,33 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
                 set_weight(block.get_submodule(layer.removeprefix(name + ".")), weight.dequantize())
                 yield Done(i, layer, LayerRecord.model_validate(record), 0.0, True)
             del tensors
+            if original is not None:
+                original.advance(twin)
         else:
             layers: dict[str, LayerRecord] = {}
             formats: dict[str, Format] = {}
             fallbacks: list[dict] = []
-            for done, weight in _compress_block(source, recipe, block, i, stream, original and (original, twin), probe, fallbacks):
+            for done, weight in _compress_block(source, recipe, block, i, stream, original and (original, twin), guidance and guidance[i], probe, fallbacks):
                 layers[done.name], formats[done.name.removeprefix(name + ".")] = done.record, weight
                 yield done
+            if original is not None:
+                original.advance(twin)
+            if recipe.tune is not None:
+                stream.thaw()
+                last = list(formats)[-1]
+                formats, before, after = tune_block(recipe.tune, block, twin, stream, original.hidden, formats, guidance and guidance[i].get(last))
+                print(f"tune block {i}: {before:.5f} {after:.5f}")
             header = writer.commit(shard, _tensors(block, name, formats), layers, fallbacks)
         headers[shard] = header
         if stream is not None and i + 1 < source.num_blocks:
             stream.advance(block)
-            if original is not None:
-                original.advance(twin)
         probe.advance(block)
         del block, twin
 
 
 def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int, stream: Stream | None,
-                    original: tuple[Stream, nn.Module] | None, probe: Stream, fallbacks: list[dict]) -> Iterator[tuple[Done, Format]]:  # fmt: skip
+                    original: tuple[Stream, nn.Module] | None, guidance: dict[str, Tensor] | None, probe: Stream,
+                    fallbacks: list[dict]) -> Iterator[tuple[Done, Format]]:  # fmt: skip
     name = source.block_name(i)
     sites = sites_of(source, block, stream or probe)
     plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
@@ -96,20 +106,22 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
         final = {p.partition(".")[0] for p in done if "." in p} - {p.partition(".")[0] for p in waiting}
         if not waiting and stream is not None and stream.nbytes(in_features(block.get_submodule(stage[-1].linears[-1]))) > KEEP_LIMIT:
             final = set()  # only one pass is left: not worth keeping the widest input of the block
-        if stream is not None:
-            stats = stream.collect(block, {s.name: next(p for p in s.linears if p in plan) for s in stage}, keep=bool(final), original=original)
-            _release(block)
-        shared = (time.perf_counter() - started) / sum(p in plan for s in stage for p in s.linears)
+        readers: dict[str, list[str]] = {}  # linears that share their statistics: those of a site, but each for itself where tokens are weighed
         for site in stage:
-            seen = stats.pop(site.name, None)
+            for path in (p for p in site.linears if p in plan):
+                readers.setdefault(path if "guidance" in plan[path][1].needs else site.name, []).append(path)
+        if stream is not None:
+            stats = stream.collect(block, {key: paths[0] for key, paths in readers.items()}, keep=bool(final), original=original, weights=guidance)
+            _release(block)
+        shared = (time.perf_counter() - started) / sum(map(len, readers.values()))
+        for key, paths in readers.items():
+            seen = stats.pop(key, None)
             if seen is not None and not seen.count:
                 if seen.dropped:
-                    raise CompressError(f"{name}.{site.name}: all {seen.dropped} calibration tokens are NaN or Inf in {str(source.dtype)[6:]}; "
+                    raise CompressError(f"{name}.{key}: all {seen.dropped} calibration tokens are NaN or Inf in {str(source.dtype)[6:]}; "
                                         "use --dtype float32 or bfloat16")  # fmt: skip
                 seen = None
-            for path in site.linears:
-                if path not in plan:
-                    continue
+            for path in paths:
                 started = time.perf_counter()
                 method_name, method = plan[path]
                 where = f"{name}.{path}"
@@ -119,6 +131,8 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                     seen = Stats(torch.eye(W.shape[1], device=W.device))
                     if stream is not None:
                         seen.note("no calibration tokens, rounded to nearest", "none was routed here")
+                elif "guidance" in method.needs and key not in guidance:
+                    seen.note("tokens not weighed", "no gradient reaches it, or it sees routed tokens")
                 weight = method(W, seen, stored=block.stored[f"{path}.weight"], where=where)
                 if not all(torch.isfinite(t).all() for t in weight.tensors().values() if t.is_floating_point()):
                     raise CompressError(f"{where}: {method_name} produced NaN or Inf; the weights span ±{W.abs().max():.3g}")
@@ -127,7 +141,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                 record = LayerRecord(
                     method=method_name, options=_options(method), format=weight.meta(), describe=weight.describe(), tensors=list(weight.tensors()),
                     bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=planned.nbytes(), parameters=W.numel(), error=seen.error(W, W_hat),
-                    error_norm="hessian" if seen.count else "identity", tokens=seen.count)  # fmt: skip
+                    error_norm="identity" if not seen.count else "guided" if "guidance" in method.needs else "hessian", tokens=seen.count)  # fmt: skip
                 set_weight(module, W_hat)
                 del W, W_hat
                 _release(block)
@@ -135,7 +149,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
             if seen is not None:
                 if seen.dropped:
                     seen.note("tokens dropped", f"{seen.dropped} of {seen.dropped + seen.count} rows of the input were NaN or Inf")
-                fallbacks.extend({"what": f["what"], "where": f"{name}.{site.name}", "count": 1, "detail": f["detail"]} for f in seen.fallbacks)
+                fallbacks.extend({"what": f["what"], "where": f"{name}.{key}", "count": 1, "detail": f["detail"]} for f in seen.fallbacks)
             del seen
         if stream is not None:
             for child in final:  # nothing in it is left to compress, so later passes need not compute it again

@@ -37,12 +37,13 @@ class GPTQ(IntOptions):
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
     sweeps: int = 2  # rounds of coordinate descent on the codes after the column sweep; 0: the GPTQ of the paper
     propagate: float = 0.0  # α of the target W + α·W C H_d⁻¹, which makes up for the errors of earlier layers; 0: every layer for itself
+    guided: bool = False  # weigh tokens by the squared gradient of the model's loss at this layer's output; False: all tokens alike
     refits: int = 0  # closed-form scale refits, each followed by the rounds of `sweeps`; 0: scales as fitted before the sweep
     block_size: int = 128  # columns between two updates of all later columns; changes the time, not the result
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"hessian", "cross"} if self.propagate else {"hessian"})
+        return frozenset({"hessian"} | ({"cross"} if self.propagate else set()) | ({"guidance"} if self.guided else set()))
 
     def __post_init__(self):
         super().__post_init__()
