@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from . import artifact, preflight, progress, verification
+from . import distill as _distill
 from . import recipe as _recipe
 from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, read_manifest
 from .calibration.data import CalibrationSet, load_calibration
@@ -32,7 +33,7 @@ from .preflight import Plan
 from .stream import Stream
 from .verification import Verification
 from .version import __version__
-from .walk import Done, copy_outer, walk
+from .walk import Done, copy_outer, restore, walk
 
 BATCH_TOKENS = 4096  # tokens of one forward during calibration: fixed, because the order of summation is part of the result
 EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
@@ -93,7 +94,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                  for p in preflight.unmatched(chosen, planned.layers)]  # fmt: skip
     needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
     data = None
-    if needs:
+    if needs or chosen.tune or chosen.distill:
         data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
             calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template,
             model=_whole(source) if calibration == "self" else None)  # fmt: skip
@@ -114,11 +115,10 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         batch = max(1, BATCH_TOKENS // (data.tokens.shape[1] if data else seqlen))
         generator = torch.Generator().manual_seed(seed)
         probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
-        stream = Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if data else None
-        original = Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if "cross" in needs or chosen.tune else None
-        guidance = None
-        if "guidance" in needs:
-            guidance = token_weights(Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent), seed)
+        enter = lambda: Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent)
+        stream = enter() if data else None
+        original = enter() if data and ("cross" in needs or chosen.tune or chosen.distill) else None
+        guidance = token_weights(enter(), seed) if "guidance" in needs else None
         headers: dict[str, dict] = {}
         copy_outer(source, writer, headers)
         resumed = 0
@@ -130,6 +130,15 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                 log(done)
                 if strict:
                     _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
+        if chosen.distill:
+            teacher = original.tail()
+            _distill.finish(chosen.distill, writer, headers, lambda: _whole(source, device, source.dtype), source.blocks_path, data.tokens, data.mask,
+                            lambda rows: teacher(original.hidden[rows].to(device)), seed=seed, watch=lambda todo: progress.steps(todo, "distilling", show))
+            probe = Stream(source, probe.tokens, device=device)
+            for i in range(source.num_blocks):
+                block, shard = source.load_block(i, device), f"block-{i:05d}"
+                restore(block, source.block_name(i), headers[shard], writer.read(shard))
+                probe.advance(block)
         headers[PROBE.removesuffix(".safetensors")] = writer.commit(PROBE.removesuffix(".safetensors"), {
             "tokens": probe.tokens, "logits": next(probe.logits())[:, -PROBE_KEPT:].float()}, {}, fallbacks)  # fmt: skip
         _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
@@ -247,8 +256,8 @@ def _dtype(dtype: str, model: str, device: str) -> torch.dtype | None:
     return stored if stored == torch.bfloat16 and fast_bf16 else torch.float32
 
 
-def _whole(source: Checkpoint) -> nn.Module:
-    return load(str(source.path), trust_remote_code=source.trust_remote_code)
+def _whole(source: Checkpoint, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
+    return load(str(source.path), dtype=dtype, device=device, trust_remote_code=source.trust_remote_code)
 
 
 def _vocabulary(source: Checkpoint) -> int:

@@ -83,6 +83,7 @@ class Manifest(Record):
     shards: dict[str, str]  # SHA-256 of each shard's header: with those of the tensors, every byte is accounted for
     fallbacks: list[Fallback]
     totals: dict[str, float]
+    training: dict[str, list[float]] = {}  # what was trained after solving (a block, "model") → error on held-out windows before and after
 
 
 def sha256(tensor: Tensor) -> str:
@@ -240,13 +241,15 @@ class Writer:
         with safe_open(self.folder / f"{shard}.safetensors", framework="pt") as f:
             return {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118
 
-    def commit(self, shard: str, tensors: dict[str, Tensor], layers: dict[str, LayerRecord], fallbacks: list[dict]) -> dict[str, Any]:
+    def commit(self, shard: str, tensors: dict[str, Tensor], layers: dict[str, LayerRecord], fallbacks: list[dict],
+               training: dict[str, list[float]] | None = None) -> dict[str, Any]:  # fmt: skip
         """Write a shard under a temporary name, sync it, rename it: the one commit point. Returns its header."""
         file = f"{shard}.safetensors"
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         records = {name: TensorRecord(shard=file, dtype=str(t.dtype)[6:], shape=list(t.shape), sha256=sha256(t)).model_dump()
                    for name, t in sorted(tensors.items())}  # fmt: skip
-        header = {"fingerprint": self.fingerprint, "layers": {n: r.model_dump() for n, r in layers.items()}, "tensors": records, "fallbacks": fallbacks}
+        header = {"fingerprint": self.fingerprint, "layers": {n: r.model_dump() for n, r in layers.items()}, "tensors": records, "fallbacks": fallbacks,
+                  "training": training or {}}
         temporary = self.folder / f"{file}.tmp"
         with writing(self.folder):
             # one metadata key only: safetensors writes several in no fixed order; ours keeps its order, so that a resumed run sees the same
@@ -256,6 +259,10 @@ class Writer:
             os.replace(temporary, self.folder / file)
             _sync(self.folder)
         return header | {"sha256": head_sha256(self.folder / file)}
+
+    def remove(self, shard: str) -> None:
+        (self.folder / f"{shard}.safetensors").unlink(missing_ok=True)
+        _sync(self.folder)
 
     def finish(self, headers: dict[str, dict], source: Path, blocks: str, totals: dict[str, float], version: str) -> Manifest:
         """Everything beside the shards, the manifest last."""
@@ -279,7 +286,8 @@ class Writer:
                             layers={n: r for h in headers.values() for n, r in h["layers"].items()},
                             tensors={n: t for h in headers.values() for n, t in h["tensors"].items()},
                             files=files, shards={f"{shard}.safetensors": h["sha256"] for shard, h in headers.items()},
-                            fallbacks=list(fallbacks.values()), totals=totals)  # fmt: skip
+                            fallbacks=list(fallbacks.values()), totals=totals,
+                            training={k: v for h in headers.values() for k, v in h["training"].items()})  # fmt: skip
         write_json(self.folder / MANIFEST, manifest.model_dump())
         (self.folder / PARTIAL).unlink(missing_ok=True)
         return manifest
@@ -287,7 +295,7 @@ class Writer:
 
 def _ours(name: str, known: set[str]) -> bool:
     """Is a file in an output folder one that a run wrote? Notes and results that a user put beside them are not removed."""
-    patterns = ("block-?????.safetensors", "outer-?????.safetensors", "*.tmp", *COMPANIONS)
+    patterns = ("block-?????.safetensors", "outer-?????.safetensors", "distilled.safetensors", "*.tmp", *COMPANIONS)
     return name in known | {MANIFEST, INDEX, PROBE, "config.json"} or any(fnmatchcase(name, p) for p in patterns)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -61,3 +62,16 @@ def batches(logits: Iterator[Tensor], windows: int, show: bool) -> Iterator[Tens
         for batch in logits:
             yield batch
             bar.update(task, advance=len(batch))
+
+
+def steps(todo: Sequence, what: str, show: bool) -> Iterator:
+    """The items of `todo`, with a bar where there is a terminal and a few plain lines elsewhere."""
+    if show and _live():
+        with _bar(transient=True) as bar:
+            yield from bar.track(todo, description=what)
+        return
+    began = time.perf_counter()
+    for i, item in enumerate(todo):
+        yield item
+        if show and (i + 1) % max(1, len(todo) // 4) == 0:
+            console.print(f"{what} {i + 1}/{len(todo)}  {time.perf_counter() - began:.0f} s", highlight=False, markup=False)

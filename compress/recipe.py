@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from .distill import Distill
 from .errors import CompressError
 from .methods import METHODS
 from .tune import Tune
@@ -76,6 +77,7 @@ class Recipe(BaseModel):
     steps: tuple[Step, ...] = Field(min_length=1)
     ignore: tuple[str, ...] = ()
     tune: Tune | None = None  # train codes and scales of each block against the original block, after its linears are solved
+    distill: Distill | None = None  # at the end, train scales, norms and rounding of the whole model on the KL divergence
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
 
     def step_for(self, path: str) -> Step | None:
@@ -102,8 +104,8 @@ class Recipe(BaseModel):
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value
                 continue
-            if method == "tune":
-                data["tune"] = (data["tune"] or {}) | {option: value}
+            if method in ("tune", "distill"):
+                data[method] = (data[method] or {}) | {option: value}
                 continue
             hit = [step for step in data["steps"] if step["method"] == method]
             if not hit:

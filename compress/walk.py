@@ -62,9 +62,8 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
         header = writer.header(shard)
         if header is not None:
             tensors = writer.read(shard)
+            restore(block, name, header, tensors)
             for layer, record in header["layers"].items():
-                weight = build(record["format"], {t: tensors[f"{layer}.{t}"].to(probe.device) for t in record["tensors"]})
-                set_weight(block.get_submodule(layer.removeprefix(name + ".")), weight.dequantize())
                 yield Done(i, layer, LayerRecord.model_validate(record), 0.0, True)
             del tensors
             if original is not None:
@@ -78,12 +77,13 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
                 yield done
             if original is not None:
                 original.advance(twin)
+            training = {}
             if recipe.tune is not None:
                 stream.thaw()
-                last = list(formats)[-1]
-                formats, before, after = tune_block(recipe.tune, block, twin, stream, original.hidden, formats, guidance and guidance[i].get(last))
-                print(f"tune block {i}: {before:.5f} {after:.5f}")
-            header = writer.commit(shard, _tensors(block, name, formats), layers, fallbacks)
+                formats, *training[name] = tune_block(recipe.tune, block, twin, stream, original.hidden, formats)
+                if training[name][1] >= training[name][0]:
+                    fallbacks.append({"what": "tuning undone", "where": name, "count": 1, "detail": f"held-out error {training[name][0]:.3e} did not fall"})
+            header = writer.commit(shard, _tensors(block, name, formats), layers, fallbacks, training)
         headers[shard] = header
         if stream is not None and i + 1 < source.num_blocks:
             stream.advance(block)
@@ -197,6 +197,18 @@ def stages(block: nn.Module, sites: list[Site], true_sequential: bool) -> Iterat
 
 def _options(method) -> dict:
     return {f.name: getattr(method, f.name) for f in fields(method)}
+
+
+def restore(block: nn.Module, name: str, header: dict, tensors: dict[str, Tensor]) -> None:
+    """Put what a finished shard holds back into a block."""
+    rest, device = dict(tensors), next(block.parameters()).device
+    for layer, record in header["layers"].items():
+        weight = build(record["format"], {t: rest.pop(f"{layer}.{t}").to(device) for t in record["tensors"]})
+        set_weight(block.get_submodule(layer.removeprefix(name + ".")), weight.dequantize())
+    now = block.state_dict()
+    block.load_state_dict({local: t.to(device, now[local].dtype) for n, t in rest.items() if (local := n.removeprefix(name + ".")) in now},
+                          strict=False, assign=True)  # fmt: skip
+    block.requires_grad_(False)
 
 
 def _tensors(block: nn.Module, name: str, formats: dict[str, Format]) -> dict[str, Tensor]:
