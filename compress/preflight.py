@@ -84,26 +84,34 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
             n_max = max(n_max, n)
             block_work.setdefault(i, set()).add(n)
             work += 2.0 * n * n * (m + n / 3) + 6.0 * tokens * m * n  # solver; about three passes through the layer
+    needs = frozenset[str]().union(*(step.build().needs for r in rows if r.method and (step := recipe.step_for(r.name))))
+    twice = "cross" in needs or recipe.tune is not None or recipe.distill is not None  # the original model's states travel along
+    work *= 1 + 0.6 * twice
     work += sum(tokens * n * n * 1.2 for per in block_work.values() for n in per)  # Hessians, half of XᵀX
     before = sum(e.nbytes for e in source.entries.values())
     compressed = [r for r in rows if r.method]
     after = before - sum(r.bytes_before - r.bytes_after for r in compressed)
+    solved = sum(r.shape[0] * r.shape[1] for r in compressed)
+    work += tokens * solved * (6.0 * ("guidance" in needs) + 8.0 * (recipe.distill.epochs if recipe.distill else 0))
+    work += 6.0 * solved * batch * seqlen * (recipe.tune.steps if recipe.tune else 0)
     parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
     block_bytes = max((source.nbytes(source.block_groups(i)) for i in range(source.num_blocks)), default=0)
     block_bytes = block_bytes * source.dtype.itemsize // source.stored_dtype.itemsize
     outer = source.nbytes(source.outer_groups())
     width = source.model.get_input_embeddings().weight.shape[1]
-    states = states_kept * tokens * width * source.dtype.itemsize if n_max else 0
+    states_kept += 3 * twice + (source.num_blocks + 1) * ("guidance" in needs)
+    states = states_kept * tokens * width * source.dtype.itemsize if n_max or twice else 0
     weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
     by_block = [[r for r in rows if r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
     experts = max(sum(4 * r.shape[1] ** 2 for r in block if r.method and ".experts." in r.name) for block in by_block) if by_block else 0
-    working = 4 * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
+    working = (4 + twice) * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
     working += batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
+    trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
-                max(2 * block_bytes + states + working, outer + states), after + (8 << 20),
+                max((2 + twice) * block_bytes + states + working, outer + states, trained + states), after + (8 << 20),
                 _seconds(source, work, before) if timed else 0.0, tuple(warnings))  # fmt: skip
 
 

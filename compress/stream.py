@@ -305,7 +305,7 @@ class Stream:
                 return torch.zeros_like(y) if silent else None
 
             def see(name, module, args):
-                if started and args and isinstance(args[0], Tensor) and args[0].shape == self.hidden[rows].shape:
+                if started and args and isinstance(args[0], Tensor) and args[0].numel() == self.hidden[rows].numel():
                     seen.setdefault(name, args[0])
 
             handles = [module.register_forward_pre_hook(partial(see, name)) for name, module in block.named_modules() if name]
@@ -316,10 +316,11 @@ class Stream:
             return seen
 
         without, with_it = watch(True), watch(False)
-        y = written[0].float()
+        y = written[0].float().flatten()
         for name in [*(n for n in with_it if n), ""]:
-            if name in without and with_it[name].shape == y.shape and (with_it[name].float() - without[name].float() - y).norm() < 0.1 * y.norm():
-                return name
+            if name in without and without[name].any() and y.numel() == without[name].numel():  # zeros: that is the output itself, added to nothing yet
+                if ((with_it[name].float() - without[name].float()).flatten() - y).norm() < 0.1 * y.norm():
+                    return name
         return None
 
     # ---- behind the blocks
