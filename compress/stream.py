@@ -318,9 +318,10 @@ class Stream:
         without, with_it = watch(True), watch(False)
         y = written[0].float().flatten()
         for name in [*(n for n in with_it if n), ""]:
-            if name in without and without[name].any() and y.numel() == without[name].numel():  # zeros: that is the output itself, added to nothing yet
-                if ((with_it[name].float() - without[name].float()).flatten() - y).norm() < 0.1 * y.norm():
-                    return name
+            if name not in without or not without[name].any() or y.numel() != without[name].numel():
+                continue  # zeros: what comes here is the output itself, added to nothing yet
+            if ((with_it[name].float() - without[name].float()).flatten() - y).norm() < 0.1 * y.norm():
+                return name
         return None
 
     # ---- behind the blocks
