@@ -7,9 +7,12 @@ import sys
 from typing import Any, get_args, get_type_hints
 
 from .gptq import GPTQ
+from .magnitude import Magnitude
 from .rtn import RTN
+from .sparsegpt import SparseGPT
+from .wanda import Wanda
 
-METHODS = {"rtn": RTN, "gptq": GPTQ}
+METHODS = {"rtn": RTN, "gptq": GPTQ, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 
 
 def describe() -> list[dict[str, Any]]:
