@@ -6,13 +6,15 @@ import re
 import sys
 from typing import Any, get_args, get_type_hints
 
+from .admm import ADMM
+from .awp import AWP
 from .gptq import GPTQ
 from .magnitude import Magnitude
 from .rtn import RTN
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
 
-METHODS = {"rtn": RTN, "gptq": GPTQ, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+METHODS = {"rtn": RTN, "gptq": GPTQ, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM}
 
 
 def describe() -> list[dict[str, Any]]:

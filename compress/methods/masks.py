@@ -116,6 +116,7 @@ class SparseIntOptions(SparseOptions):
     group_size: int = 128  # with bits: input columns, kept or not, that share a scale; -1: one scale a row
     sym: bool = False  # with bits: True puts zero in the middle, False stores a zero point a group
     sweeps: int = 2  # with bits: rounds of coordinate descent on the codes after the column sweep
+    refit: bool = True  # without bits: solve the kept weights exactly afterwards, by least squares on the mask
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
 
     def __post_init__(self):

@@ -6,34 +6,27 @@
 Frantar and Alistarh, arXiv 2301.00774. The score is what losing a weight costs once all later columns have answered; it is asked anew for every
 128 columns, or every M of an N:M pattern, of the weights as they are by then. What we add: counts are exact, grids see only the weights that are
 kept, `refit` solves the kept weights exactly afterwards (support.py) and, with bits, `sweeps` lets every code answer to all others (descent.py).
-Columns are kept as contiguous rows of Wᵀ, in the layer's own order, because N:M groups are neighbours. Cost: n² (m + n/3) for W [m, n].
+Columns go in the layer's own order, because N:M groups are neighbours. Cost: n² (m + n/3) for W [m, n].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, lcm
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import Factor, Stats
-from ..formats import Format, IntGroup
-from ..formats.int_group import check_group_size
-from . import grid
-from .descent import descend, one_thread
+from ..calibration.statistics import Stats
+from ..formats import Format
 from .masks import SparseIntOptions
-from .options import IntOptions
-from .support import least_squares
-
-BLOCK = 128  # columns between two updates of all later columns, and those whose weights are compared where there is no pattern
+from .sweep import finish, quantize, sweep
 
 
 @dataclass(frozen=True)
 class SparseGPT(SparseIntOptions):
     scope: Literal["row", "layer"] = "layer"  # without a pattern: as many in every row, or (the paper) wherever in 128 columns they matter most
-    refit: bool = False  # solve the kept weights exactly afterwards; False: as the paper leaves them
+    refit: bool = False  # without bits: solve the kept weights exactly afterwards; False: as the paper leaves them
 
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
@@ -41,79 +34,6 @@ class SparseGPT(SparseIntOptions):
         """weight [out, in] fp32 → Masked or Sparse24 of Dense, or of IntGroup with `bits`."""
         self.nm(weight.shape[1], where)  # refused before anything is computed
         W, factor = self.alive(weight, stats), stats.factor(self.damp, False)
-        if self.bits:
+        if self.bits:  # zeros and integers in the one sweep
             return quantize(W, stats, factor, self, stored)
-        W_hat, keep = sweep(W, factor.U, self)
-        if self.refit and not factor.failed:
-            W_hat = least_squares(W, W_hat, keep, stats.hessian, stats.ridge(factor))
-        return self.store(W_hat, keep, stored)
-
-
-class Codes:
-    """The grids of a sweep that quantizes: every group is fitted when its first column comes up, on the weights as they are then."""
-
-    def __init__(self, m: int, n: int, size: int, options: SparseIntOptions, scale_dtype: torch.dtype, like: Tensor):
-        self.size, self.options, self.scale_dtype = size, options, scale_dtype
-        self.codes = torch.zeros(n, m, dtype=torch.uint8, device=like.device)
-        self.scale, self.zero = like.new_empty(n // size, m), like.new_empty(n // size, m)
-        self.grid = grid.Grid(self.scale, self.zero, 2**options.bits)
-
-    def fit(self, k: int, W: Tensor, keep: Tensor, price: Tensor) -> None:
-        """Group k from W [size, m], of which `keep` counts; an error in a column costs its price [size]."""
-        m, bits = W.shape[1], self.options.bits
-        kept, prices = (A.T[keep.T].view(m, 1, -1) for A in (W, price[:, None].expand_as(W)))
-        g = grid.fit(kept, 2**bits, bits, self.options.sym, "hessian", prices, self.scale_dtype, 3 if bits > 2 else 4)
-        self.scale[k], self.zero[k] = g.scale[:, 0], g.zero[:, 0]
-
-    def nearest(self, column: int, w: Tensor) -> Tensor:
-        """The value of the level nearest to each weight [m] of a column, whose code is kept."""
-        k = column // self.size
-        q = self.grid.codes(w, self.scale[k], self.zero[k])
-        self.codes[column] = q.to(torch.uint8)
-        return (q - self.zero[k]) * self.scale[k]
-
-
-def sweep(W: Tensor, U: Tensor, options: SparseIntOptions, keep: Tensor | None = None, codes: Codes | None = None) -> tuple[Tensor, Tensor]:
-    """Ŵ and the mask, [out, in], of W [out, in]. A mask that is given stays; `codes` is filled where the kept weights are quantized."""
-    n, nm, decide = W.shape[1], options.nm(W.shape[1]), keep is None
-    W = W.T.contiguous()
-    keep = torch.zeros_like(W, dtype=torch.bool) if decide else keep.T.contiguous()
-    step = lcm(nm[1] if nm else 1, codes.size if codes else 1)
-    width = step * ceil(BLOCK / step)
-    for start in range(0, n, width):
-        stop = min(start + width, n)
-        B, V = W[start:stop], U[start:stop, start:stop]  # [b, m], one column of the layer a row
-        d = V.diagonal()
-        diagonal, price, E = d.tolist(), d**-2, torch.empty_like(B)
-        score = lambda i, j, B=B, d=d: (B[i:j] / d[i:j, None]).square_().T  # of the block's columns i to j, by the weights as they are now
-        if decide and not nm:
-            keep[start:stop] = options.select(score(0, stop - start), nm, start).T
-        with one_thread(B):
-            for i in range(stop - start):
-                j = start + i
-                if codes and j % codes.size == 0:
-                    group = slice(i, i + codes.size)
-                    if decide:
-                        keep[j : j + codes.size] = options.select(score(i, i + codes.size), nm).T
-                    codes.fit(j // codes.size, B[group], keep[j : j + codes.size], price[group])
-                if decide and nm and j % nm[1] == 0:
-                    keep[j : j + nm[1]] = options.select(score(i, i + nm[1]), nm).T
-                q = (codes.nearest(j, B[i]) if codes else B[i]) * keep[j]
-                E[i] = e = (B[i] - q) / diagonal[i]
-                B[i + 1 :].addr_(V[i, i + 1 :], e, alpha=-1)
-                B[i] = q
-        W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
-    return W.T.contiguous(), keep.T.contiguous()
-
-
-def quantize(W: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions, stored: torch.dtype, keep: Tensor | None = None) -> Format:
-    """Sparse and quantized in one sweep, on a given mask or choosing it, then descent on the codes that are kept. W [out, in]."""
-    m, n = W.shape
-    scale_dtype = IntOptions.scale_dtype(stored)
-    c = Codes(m, n, check_group_size(n, options.group_size, "weight"), options, scale_dtype, W)
-    _, keep = sweep(W, factor.U, options, keep, c)
-    if options.sweeps and not factor.failed:
-        descend(c.codes, W.T.contiguous(), stats.hessian, stats.ridge(factor), c.grid, c.scale, c.zero, options.sweeps, BLOCK, keep.T.contiguous())
-    codes = c.codes.T[keep].view(m, -1)
-    zeros = None if options.sym else c.zero.T.to(torch.uint8).contiguous()
-    return options.holding(IntGroup.pack(codes, c.scale.T.to(scale_dtype).contiguous(), zeros, options.bits), (m, n), keep)
+        return finish(W, *sweep(W, factor.U, self), stats, factor, self, stored)
