@@ -11,10 +11,12 @@ from .awp import AWP
 from .gptq import GPTQ
 from .magnitude import Magnitude
 from .rtn import RTN
+from .slim import SLiM
 from .sparsegpt import SparseGPT
+from .svd import SVD
 from .wanda import Wanda
 
-METHODS = {"rtn": RTN, "gptq": GPTQ, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM}
+METHODS = {"rtn": RTN, "gptq": GPTQ, "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM, "svd": SVD, "slim": SLiM}
 
 
 def describe() -> list[dict[str, Any]]:

@@ -102,10 +102,7 @@ class SparseOptions:
         zeros = float((W == 0).float().mean())
         if zeros > 0.01 and zeros > self.sparsity - 0.01:
             stats.note("pruned before", f"{100 * zeros:.1f}% of the weights are 0 already: some of the weights that are kept are among them")
-        if not stats.dead.any():
-            return W
-        stats.note("inputs never active", f"{int(stats.dead.sum())} of {len(stats.dead)} inputs were 0 on all {stats.count} tokens: their weights are set to 0")
-        return W.masked_fill(stats.dead, 0)
+        return stats.silence(W)
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class SparseIntOptions(SparseOptions):
     group_size: int = 128  # with bits: input columns, kept or not, that share a scale; -1: one scale a row
     sym: bool = False  # with bits: True puts zero in the middle, False stores a zero point a group
     sweeps: int = 2  # with bits: rounds of coordinate descent on the codes after the column sweep
-    refit: bool = True  # without bits: solve the kept weights exactly afterwards, by least squares on the mask
+    refit: bool = True  # solve the kept weights exactly, by least squares on the mask (before they are quantized)
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
 
     def __post_init__(self):

@@ -94,9 +94,10 @@ def quantize(W: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions,
 
 
 def finish(W: Tensor, start: Tensor, keep: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions, stored: torch.dtype) -> Format:
-    """A mask that a method has settled on, from the values `start` [out, in]: integers by the sweep, or least squares, and the format."""
-    if options.bits:
-        return quantize(W, stats, factor, options, stored, keep)
-    if not factor.failed and options.refit:
+    """A mask that a method has settled on, from the values `start` [out, in]: least squares, then integers or not, and the format.
+
+    Integers are swept from the least-squares solution: no gradient is left on the mask there, so the error is that of the mask plus the distance
+    from it, and no column has to make up for zeros that come later."""
+    if options.refit and not factor.failed:
         start = least_squares(W, start, keep, stats.hessian, stats.ridge(factor))
-    return options.store(start, keep, stored)
+    return quantize(start, stats, factor, options, stored, keep) if options.bits else options.store(start, keep, stored)
