@@ -9,6 +9,7 @@ is what `extra` bits a weight buy, so that a layer of any shape pays the same sh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,8 @@ class SLiM(ADMM):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.extra <= 16 or self.rounds < 0:
-            raise CompressError(f"extra {self.extra} must be bits a weight from 0 to 16, rounds {self.rounds} at least 0; 0.25 and 2 are usual")
+        if not 0 < self.extra < math.inf or self.rounds < 0:
+            raise CompressError(f"extra {self.extra} must be bits a weight, above 0, and rounds {self.rounds} at least 0; 0.25 and 2 are usual")
 
     def product(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Product:
         """The product on meta. Raises CompressError where `extra` does not buy one column and one row."""

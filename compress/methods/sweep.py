@@ -98,6 +98,8 @@ def finish(W: Tensor, start: Tensor, keep: Tensor, stats: Stats, factor: Factor,
 
     Integers are swept from the least-squares solution: no gradient is left on the mask there, so the error is that of the mask plus the distance
     from it, and no column has to make up for zeros that come later."""
-    if options.refit and not factor.failed:
+    if keep.all():
+        start = W  # nothing is missing: bit for bit what it was
+    elif options.refit and not factor.failed:
         start = least_squares(W, start, keep, stats.hessian, stats.ridge(factor))
     return quantize(start, stats, factor, options, stored, keep) if options.bits else options.store(start, keep, stored)
