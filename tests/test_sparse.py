@@ -4,8 +4,11 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_methods import correlated, stats_of, weight
+from tiny import save_tiny
 
+import compress
 from compress.calibration.statistics import Stats
 from compress.errors import CompressError
 from compress.formats import Masked, Sparse24
@@ -290,3 +293,31 @@ def test_a_pattern_that_does_not_divide_names_ways_out():
 def test_a_pattern_on_the_command_line_is_not_a_time_of_day():
     step = load("sparse-50").with_options(["admm.pattern=2:4"]).steps[0]
     assert step.build().pattern == "2:4"
+
+
+# ---- from a checkpoint to an artifact and back
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny("llama", folder)
+    (folder / "text.txt").write_text(" ".join(map(str, range(4000))))
+    return folder
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [
+    ("sparse-50", {}), ("sparse-2of4", {}), ("sparse-50-w4", {"admm.group_size": 32}), ("sparse-2of4-w4-lr", {"slim.group_size": 32, "slim.extra": 1.0}),
+    ("svd-20", {}), ("svd-20-w4", {"svd.group_size": 32, "svd.rank": 32, "ignore": ["*.k_proj", "*.v_proj"]}),
+])  # fmt: skip
+def test_an_artifact_costs_what_was_planned_verifies_and_computes_what_it_holds(recipe, settings, checkpoint, tmp_path):
+    plan = compress.plan(str(checkpoint), recipe, settings=settings)
+    report = compress.run(str(checkpoint), recipe, f"file:{checkpoint}/text.txt", tmp_path / "out", settings=settings, samples=8, seqlen=64, show=False)
+    stored = sum(t.numel() * t.element_size() for f in (tmp_path / "out").glob("*[0-9].safetensors") for t in load_file(f).values())
+    assert stored == plan.bytes_after == report.manifest.totals["bytes"] and not report.fallbacks
+    assert compress.verify(str(tmp_path / "out")).ok
+    model, tokens = compress.load(str(tmp_path / "out"), dtype=torch.float32), torch.arange(48)[None]
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    x = torch.randn(3, layer.in_features)
+    torch.testing.assert_close(layer(x), x @ layer.format.dequantize().T, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(model(tokens).logits).all()
