@@ -88,6 +88,14 @@ def test_bits_per_weight():
     assert quantized.bits() == 1 + 4 / 2 + (16 + 4) / 128 and quantized.values.group_size == 64
 
 
+def test_few_weights_in_a_very_wide_group():
+    s, W = stats_of(correlated(n=512, tokens=64)), weight(4, 512)
+    for options in ({"group_size": -1}, {"group_size": 256}):
+        method = ADMM(sparsity=0.996, bits=4, **options)
+        fmt, planned = solve(method, W, s), method.planned((4, 512), torch.float32, "w")
+        assert fmt.meta() == planned.meta() and fmt.nbytes() == planned.nbytes() and (fmt.dequantize() != 0).sum() <= 8
+
+
 # ---- no-ops and degenerate cases
 
 

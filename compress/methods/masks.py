@@ -88,7 +88,7 @@ class SparseOptions:
     def holding(self, values: Format, shape: tuple[int, int], keep: Tensor | None = None) -> Format:
         """Values in the smaller of the two layouts: a bit a weight, or the places in every M. Without `keep`: planned."""
         nm = self.nm(shape[1])
-        if nm and nm[0] * place_bits(nm[1]) <= nm[1]:
+        if nm and nm[1] <= 256 and nm[0] * place_bits(nm[1]) <= nm[1]:  # a place is packed from a byte
             return Sparse24.planned(values, *nm) if keep is None else Sparse24.pack(keep, values, *nm)
         return Masked.planned(shape, values) if keep is None else Masked.pack(keep, values)
 
@@ -99,8 +99,8 @@ class SparseOptions:
 
     def alive(self, W: Tensor, stats: Stats) -> Tensor:
         """W with the weights of inputs that never were active at 0. What is odd about the task is told."""
-        zeros = float((W == 0).float().mean())
-        if zeros > 0.01 and zeros > self.sparsity - 0.01:
+        zeros, nm = float((W == 0).float().mean()), self.nm(W.shape[1])
+        if zeros > 0.01 and zeros > (1 - nm[0] / nm[1] if nm else self.sparsity) - 0.01:
             stats.note("pruned before", f"{100 * zeros:.1f}% of the weights are 0 already: some of the weights that are kept are among them")
         return stats.silence(W)
 
