@@ -1,4 +1,4 @@
-"""pytest tests/test_lowrank.py — whitened SVD: the loss identity, its rivals, quantized factors, break-even (algorithms.md §17)."""
+"""pytest tests/test_lowrank.py — whitened SVD: the loss identity, its rivals, quantized factors, break-even; dense × sparse (algorithms.md §17, 20)."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from test_methods import correlated, stats_of, weight
 
 from compress.errors import CompressError
 from compress.formats import Dense, IntGroup
-from compress.methods import GPTQ, SVD
+from compress.methods import GPTQ, SVD, DenseSparse
 from compress.methods.svd import answer, leading
 
 F64 = torch.float64
@@ -111,3 +111,24 @@ def test_a_rank_above_break_even_is_refused():
     with pytest.raises(CompressError, match=r"ratio 1\.0"):
         SVD(ratio=1.0)
     assert SVD(rank=96).planned((128, 384), torch.bfloat16, "k_proj").bits() == 16
+
+
+# ---- dense × sparse
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (128, 64), (64, 64)])
+def test_dense_times_sparse_beats_the_svd_of_the_same_bytes(shape):
+    s, W = stats_of(correlated(n=shape[1], tokens=2048)), weight(*shape)
+    method = DenseSparse(ratio=0.2)
+    fmt, planned = solve(method, W, s, torch.bfloat16), method.planned(shape, torch.bfloat16, "w")
+    assert planned.nbytes() == fmt.nbytes() and planned.meta() == fmt.meta() and 0.98 * 0.8 * 16 < fmt.bits() <= 0.8 * 16
+    again = solve(method, W.clone(), s, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(fmt.tensors().values(), again.tensors().values(), strict=True))
+    error, rival = (s.error(W, f.dequantize()) for f in (fmt, solve(SVD(ratio=0.2), W, s, torch.bfloat16)))
+    once = s.error(W, solve(DenseSparse(ratio=0.2, rounds=0), W, s, torch.bfloat16).dequantize())
+    assert error < 0.95 * rival and error < once
+
+
+def test_atoms_that_leave_no_coefficient_are_refused():
+    with pytest.raises(CompressError, match=r"w: 64 atoms of \[64, 64\] leave -?\d+ numbers for 4096 coefficients; set atoms between 1 and 2"):
+        DenseSparse(ratio=0.2, atoms=3.0).planned((64, 64), torch.bfloat16, "w")
