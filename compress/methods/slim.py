@@ -48,14 +48,12 @@ class SLiM(ADMM):
         W, factor, rank = self.alive(weight, stats), stats.factor(self.damp, False), self.product(weight.shape, stored, where).factors[0].shape[1]
         Hd = torch.eye(len(W.T), dtype=W.dtype, device=W.device) if factor.failed else stats.hessian + stats.ridge(factor).diag()
         L = torch.linalg.cholesky(Hd)
-        best, least, low = None, float("inf"), torch.zeros_like(W)
+        low, found = torch.zeros_like(W), []
         for _ in range(self.rounds + 1):
             sparse = super().__call__(W - low, stats, stored=stored, where=where)
             R = W - sparse.dequantize(W.dtype)
             right = Dense((leading(R @ L, rank).T @ R).to(stored))
             left = Dense(answer(R, right.dequantize(W.dtype), Hd).to(stored))
             low = Product((left, right)).dequantize(W.dtype)
-            error = float(((R - low) @ L).square().sum(dtype=torch.float64))
-            if error < least:
-                best, least = Sum((sparse, Product((left, right)))), error
-        return best
+            found.append((float(((R - low) @ L).square().sum(dtype=torch.float64)), Sum((sparse, Product((left, right))))))
+        return min(found, key=lambda pair: pair[0])[1]

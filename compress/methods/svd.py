@@ -71,12 +71,12 @@ class SVD:
         else:
             K = W * h.clamp(min=1e-12 * h.max()).pow(self.alpha / 2) if self.whiten == "asvd" and not factor.failed else W
         P = leading(K, rank)
-        quantize = lambda size: GPTQ(bits=self.bits, group_size=size, damp=self.damp)
+        quantize = lambda bits, size: GPTQ(bits=bits, group_size=size, damp=self.damp)
         B = P.T @ W
-        right = quantize(self.group_size)(B, stats, stored=stored, where=where) if self.bits else Dense(B.to(stored))
+        right = quantize(self.bits, self.group_size)(B, stats, stored=stored, where=where) if self.bits else Dense(B.to(stored))
         B = right.dequantize(W.dtype)
         A = answer(W, B, Hd) if self.refit else P
-        left = quantize(STEP)(A, Stats(B @ Hd @ B.T), stored=stored, where=where) if self.bits else Dense(A.to(stored))
+        left = quantize(self.bits, STEP)(A, Stats(B @ Hd @ B.T), stored=stored, where=where) if self.bits else Dense(A.to(stored))
         return Product((left, right))
 
 

@@ -26,17 +26,16 @@ BLOCK = 128  # columns between two updates of all later columns, and those whose
 class Codes:
     """The grids of a sweep that quantizes: every group is fitted when its first column comes up, on the weights as they are then."""
 
-    def __init__(self, m: int, n: int, size: int, options: SparseIntOptions, scale_dtype: torch.dtype, like: Tensor):
-        self.size, self.options, self.scale_dtype = size, options, scale_dtype
+    def __init__(self, m: int, n: int, size: int, bits: int, sym: bool, scale_dtype: torch.dtype, like: Tensor):
+        self.size, self.bits, self.sym, self.scale_dtype = size, bits, sym, scale_dtype
         self.codes = torch.zeros(n, m, dtype=torch.uint8, device=like.device)
         self.scale, self.zero = like.new_empty(n // size, m), like.new_empty(n // size, m)
-        self.grid = grid.Grid(self.scale, self.zero, 2**options.bits)
+        self.grid = grid.Grid(self.scale, self.zero, 2**bits)
 
     def fit(self, k: int, W: Tensor, keep: Tensor, price: Tensor) -> None:
         """Group k from W [size, m], of which `keep` counts; an error in a column costs its price [size]."""
-        m, bits = W.shape[1], self.options.bits
-        kept, prices = (A.T[keep.T].view(m, 1, -1) for A in (W, price[:, None].expand_as(W)))
-        g = grid.fit(kept, 2**bits, bits, self.options.sym, "hessian", prices, self.scale_dtype, 3 if bits > 2 else 4)
+        kept, prices = (A.T[keep.T].view(W.shape[1], 1, -1) for A in (W, price[:, None].expand_as(W)))
+        g = grid.fit(kept, 2**self.bits, self.bits, self.sym, "hessian", prices, self.scale_dtype, 3 if self.bits > 2 else 4)
         self.scale[k], self.zero[k] = g.scale[:, 0], g.zero[:, 0]
 
     def nearest(self, column: int, w: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def sweep(W: Tensor, U: Tensor, options: SparseIntOptions, keep: Tensor | None =
     """Ŵ and the mask, [out, in], of W [out, in]. A mask that is given stays; `codes` is filled where the kept weights are quantized."""
     n, nm, decide = W.shape[1], options.nm(W.shape[1]), keep is None
     W = W.T.contiguous()
-    keep = torch.zeros_like(W, dtype=torch.bool) if decide else keep.T.contiguous()
+    keep = torch.zeros_like(W, dtype=torch.bool) if keep is None else keep.T.contiguous()
     step = lcm(nm[1] if nm else 1, codes.size if codes else 1)
     width = step * ceil(BLOCK / step)
     for start in range(0, n, width):
@@ -82,15 +81,15 @@ def sweep(W: Tensor, U: Tensor, options: SparseIntOptions, keep: Tensor | None =
 
 def quantize(W: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions, stored: torch.dtype, keep: Tensor | None = None) -> Format:
     """Sparse and quantized in one sweep, on a given mask or choosing it, then descent on the codes that are kept. W [out, in]."""
-    m, n = W.shape
-    scale_dtype = IntOptions.scale_dtype(stored)
-    c = Codes(m, n, check_group_size(n, options.group_size, "weight"), options, scale_dtype, W)
+    (m, n), bits, scale_dtype = W.shape, options.bits, IntOptions.scale_dtype(stored)
+    assert bits is not None
+    c = Codes(m, n, check_group_size(n, options.group_size, "weight"), bits, options.sym, scale_dtype, W)
     _, keep = sweep(W, factor.U, options, keep, c)
     if options.sweeps and not factor.failed:
         descend(c.codes, W.T.contiguous(), stats.hessian, stats.ridge(factor), c.grid, c.scale, c.zero, options.sweeps, BLOCK, keep.T.contiguous())
     codes = c.codes.T[keep].view(m, -1)
     zeros = None if options.sym else c.zero.T.to(torch.uint8).contiguous()
-    return options.holding(IntGroup.pack(codes, c.scale.T.to(scale_dtype).contiguous(), zeros, options.bits), (m, n), keep)
+    return options.holding(IntGroup.pack(codes, c.scale.T.to(scale_dtype).contiguous(), zeros, bits), (m, n), keep)
 
 
 def finish(W: Tensor, start: Tensor, keep: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions, stored: torch.dtype) -> Format:
