@@ -112,6 +112,13 @@ class Stats:
         """bool [n]: inputs that were zero on every token; their weights cannot matter."""
         return self.hessian.diagonal() == 0
 
+    def silence(self, W: Tensor) -> Tensor:
+        """W [out, in] with 0 for the weights of inputs that never were active, which is told."""
+        if not self.dead.any():
+            return W
+        self.note("inputs never active", f"{int(self.dead.sum())} of {len(self.dead)} inputs were 0 on all {self.count} tokens: their weights are set to 0")
+        return W.masked_fill(self.dead, 0)
+
     def factor(self, damp: float, act_order: bool) -> Factor:
         """Factor H once and share it: q, k and v (gate and up) ask with the same options and get the same object.
 

@@ -120,6 +120,8 @@ class Recipe(BaseModel):
 
 def _value(key: str, text: str) -> Any:
     """The value of `--set KEY=TEXT`, read as YAML: 3, true, 1e-2, [a, b]. Text that is no YAML (a glob pattern) stands for itself."""
+    if re.fullmatch(r"\d+:\d+", text):  # 2:4 is a pattern; to YAML 1.1 it is 2 minutes and 4 seconds
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

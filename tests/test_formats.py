@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
-from compress.formats import Dense, IntGroup, Product, Sum, Transformed, build, packing
+from compress.formats import Dense, IntGroup, Masked, Product, Sparse24, Sum, Transformed, build, packing
 from compress.formats.int_group import check_group_size
 
 
@@ -17,6 +17,10 @@ def int_group(out=6, n=96, bits=4, group=32, sym=False, levels=None, seed=0):
     scales = torch.rand(out, n // group, generator=g).bfloat16() + 0.5
     zeros = None if sym else torch.randint(0, 2**bits, (out, n // group), generator=g, dtype=torch.uint8)
     return IntGroup.pack(codes, scales, zeros, bits, levels), codes, scales, zeros
+
+
+def n_of_m(n, m, out=6, columns=96):
+    return torch.rand(out, columns // m, m, generator=torch.Generator().manual_seed(n)).argsort(-1).lt(n).view(out, columns)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -60,6 +64,11 @@ def test_int_group_dequantizes_code_by_code(bits, sym, levels):
     lambda: Sum((int_group()[0], Product((Dense(torch.randn(6, 2)), Dense(torch.randn(2, 96)))))),
     lambda: Product((int_group(out=6, n=32)[0], int_group(out=32, n=64, bits=8)[0])),
     lambda: Transformed(int_group()[0], Dense(torch.linalg.qr(torch.randn(96, 96))[0].contiguous())),
+    lambda: Masked.pack(n_of_m(3, 13, columns=91), Dense(torch.randn(6, 21).bfloat16())),
+    lambda: Masked.pack(torch.eye(5, 9).bool(), Dense(torch.randn(1, 5))),
+    lambda: Masked.pack(n_of_m(8, 12), int_group(n=64)[0]),
+    lambda: Sparse24.pack(n_of_m(2, 4), Dense(torch.randn(6, 48).bfloat16()), 2, 4),
+    lambda: Sum((Sparse24.pack(n_of_m(1, 3), int_group(n=32)[0], 1, 3), Product((Dense(torch.randn(6, 2)), Dense(torch.randn(2, 96)))))),
 ])  # fmt: skip
 def test_round_trip_through_a_file_and_bits_equal_bytes_on_disk(make, tmp_path):
     fmt = make()
@@ -72,6 +81,33 @@ def test_round_trip_through_a_file_and_bits_equal_bytes_on_disk(make, tmp_path):
     on_disk = (tmp_path / "w.safetensors").stat().st_size - 8 - header
     assert fmt.nbytes() == on_disk
     assert fmt.bits() == 8 * on_disk / (fmt.shape[0] * fmt.shape[1])
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 2), (3, 16), (1, 1)])
+def test_sparse_formats_put_values_where_the_mask_is_and_zero_elsewhere(n, m):
+    keep = n_of_m(n, m)
+    values = int_group(n=96 * n // m, group=96 * n // m)[0]
+    expected = torch.zeros(6, 96)
+    expected[keep] = values.dequantize().flatten()
+    masked, pattern = Masked.pack(keep, values), Sparse24.pack(keep, values, n, m)
+    for fmt in (masked, pattern):
+        W = fmt.dequantize()
+        assert torch.equal(W, expected) and torch.equal(fmt.keep(), keep) and fmt.shape == (6, 96)
+        assert (W[~keep].view(torch.int32) == 0).all()  # +0, bit for bit
+    assert Masked.planned((6, 96), values).nbytes() == masked.nbytes()
+    assert Sparse24.planned(values, n, m).nbytes() == pattern.nbytes()
+    with pytest.raises(CompressError, match="keeps 1 weights"):
+        Masked.pack(torch.eye(96)[:1].bool(), values)
+    with pytest.raises(CompressError, match="no 2:4 mask"):
+        Sparse24.pack(torch.ones(6, 96, dtype=torch.bool), values, 2, 4)
+
+
+def test_two_of_four_is_four_bits_a_group_low_ones_first():
+    keep = torch.tensor([[1, 0, 0, 1, 0, 1, 1, 0]]).bool()
+    fmt = Sparse24.pack(keep, Dense(torch.ones(1, 4).bfloat16()), 2, 4)
+    assert fmt.places.tolist() == [[0b1001_1100]]  # places 0 3 | 1 2
+    wide = Sparse24.pack(n_of_m(2, 4, 4, 64), Dense(torch.ones(4, 32).bfloat16()), 2, 4)
+    assert wide.bits() == 9
 
 
 def test_the_algebra_is_matrix_algebra():

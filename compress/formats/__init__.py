@@ -15,10 +15,12 @@ from .base import Format
 from .combine import Product, Sum, Transformed
 from .dense import Dense
 from .int_group import IntGroup
+from .masked import Masked
+from .sparse24 import Sparse24
 
-__all__ = ["Dense", "Format", "IntGroup", "Product", "Sum", "Transformed", "build"]
+__all__ = ["Dense", "Format", "IntGroup", "Masked", "Product", "Sparse24", "Sum", "Transformed", "build"]
 
-FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Sum, Product, Transformed)}
+FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Masked, Sparse24, Sum, Product, Transformed)}
 
 
 def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:

@@ -15,15 +15,23 @@ from torch import Tensor
 from .base import Format
 
 
+def nested(prefix: str | int, part: Format) -> dict[str, Tensor]:
+    """The tensors of a Format that lies within another, under `prefix_`; `rebuild` is the inverse."""
+    return {f"{prefix}_{name}": t for name, t in part.tensors().items()}
+
+
+def rebuild(prefix: str | int, meta, tensors) -> Format:
+    from . import build
+
+    return build(meta, {name.removeprefix(f"{prefix}_"): t for name, t in tensors.items() if name.startswith(f"{prefix}_")})
+
+
 def _tensors(parts: tuple[Format, ...]) -> dict[str, Tensor]:
-    return {f"{i}_{name}": t for i, part in enumerate(parts) for name, t in part.tensors().items()}
+    return {name: t for i, part in enumerate(parts) for name, t in nested(i, part).items()}
 
 
 def _parts(metas: list, tensors) -> tuple[Format, ...]:
-    from . import build
-
-    return tuple(build(meta, {name.removeprefix(f"{i}_"): t for name, t in tensors.items() if name.startswith(f"{i}_")})
-                 for i, meta in enumerate(metas))  # fmt: skip
+    return tuple(rebuild(i, meta, tensors) for i, meta in enumerate(metas))
 
 
 @dataclass(frozen=True, eq=False)

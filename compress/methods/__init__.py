@@ -6,10 +6,22 @@ import re
 import sys
 from typing import Any, get_args, get_type_hints
 
+from .admm import ADMM
+from .awp import AWP
+from .dense_sparse import DenseSparse
 from .gptq import GPTQ
+from .magnitude import Magnitude
 from .rtn import RTN
+from .slim import SLiM
+from .sparsegpt import SparseGPT
+from .svd import SVD
+from .wanda import Wanda
 
-METHODS = {"rtn": RTN, "gptq": GPTQ}
+METHODS = {
+    "rtn": RTN, "gptq": GPTQ,
+    "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM,
+    "svd": SVD, "slim": SLiM, "dense-sparse": DenseSparse,
+}  # fmt: skip
 
 
 def describe() -> list[dict[str, Any]]:

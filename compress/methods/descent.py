@@ -31,11 +31,14 @@ def one_thread(block: Tensor):
             torch.set_num_threads(threads)
 
 
-def descend(codes: Tensor, W: Tensor, H: Tensor, ridge: Tensor, g: Grid, scale: Tensor, zero: Tensor, sweeps: int, block_size: int) -> Tensor:
+def descend(codes: Tensor, W: Tensor, H: Tensor, ridge: Tensor, g: Grid, scale: Tensor, zero: Tensor, sweeps: int, block_size: int,
+            keep: Tensor | None = None) -> Tensor:  # fmt: skip
     """Improve `codes` (uint8) in place; returns the error that is left. codes, W [n, m], one column of the layer a row; scale, zero [groups, m];
-    H_d = H [n, n] + diag(ridge [n])."""
+    H_d = H [n, n] + diag(ridge [n]). Where keep [n, m] is False the value is 0, whatever the code."""
     (n, m), size = W.shape, len(W) // len(scale)
     Q = codes.to(W.dtype).view(-1, size, m).sub_(zero[:, None]).mul_(scale[:, None]).view(n, m)  # the values that the codes stand for
+    if keep is not None:
+        Q *= keep
     E = Q - W
     D = (H @ E).addcmul_(ridge[:, None], E)  # [n, m], kept at H_d (Q − W)
     del E
@@ -50,6 +53,8 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, ridge: Tensor, g: Grid, scale: 
                     j, k = start + i, (start + i) // size
                     q = g.codes(Q[j].sub(D_block[i], alpha=inverse[j]), scale[k], zero[k])
                     value = (q - zero[k]) * scale[k]
+                    if keep is not None:
+                        value *= keep[j]
                     D_block.addr_(H_block[i], value - Q[j])
                     Q[j] = value
                     codes[j] = q.to(torch.uint8)

@@ -35,10 +35,12 @@ class Grid:
 
 
 def fit(W: Tensor, levels: int, bits: int, sym: Sym, clip: Clip, weight: Tensor | None, scale_dtype: torch.dtype, power: int = 2) -> Grid:
-    """The grid of each group of W [out, groups, group_size] (fp32); for clip="hessian", `weight` [groups, group_size] is h and `power` is p."""
+    """The grid of each group of W [out, groups, group_size] (fp32); for clip="hessian", `weight` [(out,) groups, group_size] is h and
+    `power` is p."""
     out, groups, size = W.shape
     rows = max(1, CHUNK // (groups * size))
-    parts = [_fit(W[r : r + rows], levels, bits, sym, clip, weight, scale_dtype, power) for r in range(0, out, rows)]
+    h = lambda r: weight[r : r + rows] if weight is not None and weight.dim() == 3 else weight
+    parts = [_fit(W[r : r + rows], levels, bits, sym, clip, h(r), scale_dtype, power) for r in range(0, out, rows)]
     scale, zero = (torch.cat(p) for p in zip(*parts, strict=True))
     return Grid(scale, zero, levels)
 
