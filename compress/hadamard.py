@@ -46,11 +46,16 @@ def transform(x: Tensor, signs: Tensor | None = None, inverse: bool = False) -> 
 
 
 def signs(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """fp32 [n] of ±1 from an integer hash: the same on every machine and in every version, so that a format need only store the seed."""
-    x = (torch.arange(n, dtype=torch.int64, device=device) + seed * 0x9E3779B1) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):  # a 32-bit mixer; products stay below 2^63
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return (1 - 2 * (x & 1)).float()
+    """fp32 [n] of ±1: the same on every machine and in every version, so that a format need only store the seed."""
+    return 1 - 2 * (mix(torch.arange(n, dtype=torch.int64, device=device) + seed * 0x9E3779B1) & 1).float()
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijective hash of the low 32 bits of int64 x; products stay below 2^63."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, 1)):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> shift)) * factor
+    return x & 0xFFFFFFFF
 
 
 @cache

@@ -15,10 +15,11 @@ from .base import Format
 from .combine import Product, Sum, Transformed
 from .dense import Dense
 from .int_group import IntGroup
+from .trellis import Trellis
 
-__all__ = ["Dense", "Format", "IntGroup", "Product", "Sum", "Transformed", "build"]
+__all__ = ["Dense", "Format", "IntGroup", "Product", "Sum", "Transformed", "Trellis", "build"]
 
-FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Sum, Product, Transformed)}
+FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Trellis, Sum, Product, Transformed)}
 
 
 def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:

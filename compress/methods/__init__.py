@@ -8,8 +8,9 @@ from typing import Any, get_args, get_type_hints
 
 from .gptq import GPTQ
 from .rtn import RTN
+from .trellis import TrellisCoding
 
-METHODS = {"rtn": RTN, "gptq": GPTQ}
+METHODS = {"rtn": RTN, "gptq": GPTQ, "trellis": TrellisCoding}
 
 
 def describe() -> list[dict[str, Any]]:
