@@ -60,6 +60,11 @@ def states(codes: Tensor, K: int, n: int) -> Tensor:
     return state
 
 
+def step_sizes(scale: Tensor, exponents: Tensor) -> Tensor:
+    """fp32 [n, 1]: what a column's LUT values are multiplied by, in steps of 4.4 %."""
+    return (scale * torch.exp2(exponents.float() / 16 - 8))[:, None]
+
+
 @dataclass(frozen=True, eq=False)
 class Trellis(Format):
     codes: Tensor  # uint8 [total rate · ceil(out / 8)]: columns of rate 1, then of rate 2, …; a column is a bit stream padded to 8 weights
@@ -77,8 +82,9 @@ class Trellis(Format):
         """codes uint8 [in, out] (a column a row), rates and exponents uint8 [in], scale fp32 [1] → the packed format."""
         n, m = codes.shape
         padded = torch.nn.functional.pad(codes, (0, -m % 8))
-        packed = [packing.pack_bytes(padded[rates == K], K).flatten() for K in RATES[1:] if (rates == K).any()]
-        return cls(torch.cat(packed or [padded.new_empty(0)]), packing.pack_bytes(rates[None], 3)[0], exponents, scale, (m, n), int(rates.sum()), L, length, seed)
+        streams = [packing.pack_bytes(padded[rates == K], K).flatten() for K in RATES[1:] if (rates == K).any()]
+        packed = torch.cat(streams or [padded.new_empty(0)])
+        return cls(packed, packing.pack_bytes(rates[None], 3)[0], exponents, scale, (m, n), int(rates.sum()), L, length, seed)
 
     @classmethod
     def planned(cls, shape: tuple[int, int], bits: float, L: int, length: int, seed: int) -> Trellis:
@@ -94,6 +100,8 @@ class Trellis(Format):
         rates = packing.unpack_bytes(self.rates[None], n, 3)[0]
         V = torch.zeros(n, m, device=self.codes.device)
         start, width = 0, -(-m // 8)
+        if (need := int(rates.sum()) * width) != len(self.codes):
+            raise CompressError(f"Trellis: the rates of the columns ask for {need} bytes of codes, {len(self.codes)} are stored; the file is damaged")
         for K in RATES[1:]:
             columns = (rates == K).nonzero()[:, 0]
             if not len(columns):
@@ -103,9 +111,7 @@ class Trellis(Format):
             k = digits(K, self.L, self.length)
             V[columns] = lut(K, k).to(V.device)[states(codes.view(-1, self.length), K, k)].view(-1, m)
             start = stop
-        if start != len(self.codes):
-            raise CompressError(f"Trellis: the rates of the columns ask for {start} bytes of codes, {len(self.codes)} are stored; the file is damaged")
-        return V * (self.scale * torch.exp2(self.exponents.float() / 16 - 8))[:, None]
+        return V * step_sizes(self.scale, self.exponents)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         signs = hadamard.signs(self.shape[0], self.seed, self.codes.device)
