@@ -102,17 +102,16 @@ def _factor(n: int) -> Tensor:
 def _character(p: int, k: int) -> Tensor:
     """χ(a − b) over GF(p^k), fp64 [q, q]: 1 for squares, −1 for the others, 0 on the diagonal. Elements are their base-p digits."""
     digits = torch.tensor(list(product(range(p), repeat=k)))  # [q, k], constant term last
-    if k == 1:
-        t = (0,)
-    else:  # tᵏ = a·t + b irreducible over GF(p); for k ≤ 3 that is having no root
-        t = next((a, b) for a in range(p) for b in range(1, p) if all((x**k - a * x - b) % p for x in range(p)))
+    # tᵏ = a·t + b irreducible over GF(p), which for k ≤ 3 is having no root; for k = 1 it is not used
+    irreducible = ((a, b) for a in range(p) for b in range(1, p) if all((x**k - a * x - b) % p for x in range(p)))
+    a, b = next(irreducible) if k > 1 else (0, 0)
     c = torch.zeros(len(digits), 2 * k - 1, dtype=torch.int64)  # x², highest power first
     for i in range(k):
         for j in range(k):
             c[:, i + j] += digits[:, i] * digits[:, j]
     for i in range(k - 1):  # t^(2k−2−i) = t^(k−2−i)·(a·t + b)
-        c[:, i + k - 1] += c[:, i] * t[0]
-        c[:, i + k] += c[:, i] * t[1]
+        c[:, i + k - 1] += c[:, i] * a
+        c[:, i + k] += c[:, i] * b
     place = p ** torch.arange(k - 1, -1, -1)
     chi = -torch.ones(len(digits), dtype=torch.float64)
     chi[(c[:, k - 1 :] % p * place).sum(1)] = 1

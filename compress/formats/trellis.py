@@ -1,12 +1,12 @@
-"""Trellis: K bits a weight buy the choice of 2^K values, and which values those are depends on the bits of the weights before it.
+"""Trellis: the K bits of a weight choose one of 2^K values, and which values those are is up to the bits of the weights before it.
 
-    Ŵ = H_m · diag(±1) · V · diag(s),      V_ij = LUT_K[state_ij],      state = the last L bits of the stream up to and with this weight's K
+    Ŵ = diag(±1) · H_m · V · diag(s),      V_ij = LUT_K[state_ij],      state = the last L bits of the stream up to and with this weight's K
 
 Column j of V is one bit stream per `length` rows, at its own rate K_j (mean: `bits`); streams bite their tails (the state before the first weight
-is the end of the stream), so nothing is stored but K_j bits a weight. Neighbouring weights share L − K bits of state: a 2^L-entry
-codebook for the price of K bits, which comes within a few percent of the rate-distortion bound (QTIP, arXiv 2406.11235). What we do differently: rates per
-column, a scale per column in steps of 2^(1/16) (11 bits a column for both), the transform on the output side only, and a LUT that is a permutation of
-the quantiles of N(0, 1) in which the 2^K continuations of any state fall into 2^K different bands: 1 to 9 % less error than random values.
+is the end of the stream), so a weight costs K_j bits. Neighbours share L − K bits of state: a codebook of 2^L values at the price of K bits, whose
+error on a Gaussian at 2 bits is .073 for L = 12; the bound is .0625, a uniform grid has .119. The paper is QTIP, arXiv 2406.11235. What we do differently:
+a rate and a scale per column (3 and 8 bits, the scale in steps of 2^(1/16)), the transform on the output side only, and a LUT that is a permutation of the
+quantiles of N(0, 1) in which the 2^K continuations of any state fall into 2^K different bands: 1 (L = 12) to 6 % (L = 8) less error than random values.
 """
 
 from __future__ import annotations
