@@ -126,7 +126,9 @@ class Stats:
         """
         key = (damp, act_order)
         if key not in self._factors:
-            self._factors[key] = self._factorize(damp, act_order)
+            diagonal, _ = self._diagonal()
+            order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal), device=diagonal.device)
+            self._factors[key] = self.factorize(damp, order)
         return self._factors[key]
 
     def ridge(self, factor: Factor) -> Tensor:
@@ -150,10 +152,10 @@ class Stats:
         mean = live.mean() if len(live) else self.hessian.new_ones(())
         return torch.where(self.dead, mean, self.hessian.diagonal()), mean
 
-    def _factorize(self, damp: float, act_order: bool) -> Factor:
+    def factorize(self, damp: float, order: Tensor) -> Factor:
+        """Factor H for columns solved in `order` [n]; damping as in `factor`, nothing is kept."""
         H, n = self.hessian, len(self.hessian)
         diagonal, mean = self._diagonal()
-        order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n, device=H.device)
         asked = damp
         while True:
             # chol_upper(H⁻¹) without inverting H: with J the order reversal, U = J · chol(J H J)⁻¹ · J; better conditioned, one factor less.

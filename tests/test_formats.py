@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
-from compress.formats import Dense, IntGroup, Masked, Product, Sparse24, Sum, Transformed, build, packing
+from compress.formats import Dense, IntGroup, Masked, Product, Sparse24, Sum, Transformed, Trellis, build, packing
 from compress.formats.int_group import check_group_size
 
 
@@ -61,6 +61,8 @@ def test_int_group_dequantizes_code_by_code(bits, sym, levels):
     lambda: int_group()[0],
     lambda: int_group(bits=3, n=97 - 1, group=96)[0],
     lambda: int_group(bits=2, levels=3, sym=True)[0],
+    lambda: Trellis.pack(torch.randint(0, 4, (96, 6), dtype=torch.uint8), torch.full((96,), 2, dtype=torch.uint8),
+                         torch.full((96,), 128, dtype=torch.uint8), torch.ones(1), 8, 6, 0),
     lambda: Sum((int_group()[0], Product((Dense(torch.randn(6, 2)), Dense(torch.randn(2, 96)))))),
     lambda: Product((int_group(out=6, n=32)[0], int_group(out=32, n=64, bits=8)[0])),
     lambda: Transformed(int_group()[0], Dense(torch.linalg.qr(torch.randn(96, 96))[0].contiguous())),

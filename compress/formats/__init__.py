@@ -17,10 +17,11 @@ from .dense import Dense
 from .int_group import IntGroup
 from .masked import Masked
 from .sparse24 import Sparse24
+from .trellis import Trellis
 
-__all__ = ["Dense", "Format", "IntGroup", "Masked", "Product", "Sparse24", "Sum", "Transformed", "build"]
+__all__ = ["Dense", "Format", "IntGroup", "Masked", "Product", "Sparse24", "Sum", "Transformed", "Trellis", "build"]
 
-FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Masked, Sparse24, Sum, Product, Transformed)}
+FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Masked, Sparse24, Trellis, Sum, Product, Transformed)}
 
 
 def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:

@@ -15,10 +15,12 @@ from .rtn import RTN
 from .slim import SLiM
 from .sparsegpt import SparseGPT
 from .svd import SVD
+from .trellis import TrellisCoding
 from .wanda import Wanda
 
 METHODS = {
-    "rtn": RTN, "gptq": GPTQ,
+    "rtn": RTN,
+    "gptq": GPTQ, "trellis": TrellisCoding,
     "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM,
     "svd": SVD, "slim": SLiM, "dense-sparse": DenseSparse,
 }  # fmt: skip
