@@ -87,7 +87,8 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     work += sum(tokens * n * n * 1.2 for per in block_work.values() for n in per)  # Hessians, half of XᵀX
     before = sum(e.nbytes for e in source.entries.values())
     compressed = [r for r in rows if r.method]
-    after = before - sum(r.bytes_before - r.bytes_after for r in compressed)
+    kept = source.nbytes(list(source.groups.values())) + sum(source.entries[key].nbytes for key in source.unknown)  # a view may store a tied head
+    after = kept - sum(r.bytes_before - r.bytes_after for r in compressed)
     parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
     block_bytes = max((source.nbytes(source.block_groups(i)) for i in range(source.num_blocks)), default=0)

@@ -201,7 +201,8 @@ def copy_outer(source: Checkpoint, writer: Writer, headers: dict[str, dict]) -> 
         if header is None:
             tensors: dict[str, Tensor] = {}
             for name in names:
-                tensors |= source.read(groups[name]) if name in groups else {name: source.read_stored(name)}
+                read = source.read(groups[name]) if name in groups else {name: source.read_stored(name)}
+                tensors |= {n: t.to(source.stored(groups[name])) for n, t in read.items()} if name in groups else read
             kept = [{"what": "kept as it is", "where": name, "count": 1, "detail": "the model class does not know this tensor"}
                     for name in names if name not in groups]  # fmt: skip
             header = writer.commit(shard, tensors, {}, kept)
