@@ -90,7 +90,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)  # refuses bad group sizes before anything is written
     fallbacks = [{"what": "pattern matches nothing", "where": p, "count": 1, "detail": "no linear of this model has such a path"}
                  for p in preflight.unmatched(chosen, planned.layers)] + source.notes  # fmt: skip
-    needs = any(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None)
+    needs = bool(chosen.blocks) or any(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None)
     data = None
     if needs:
         data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(

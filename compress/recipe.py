@@ -7,6 +7,7 @@
         group_size: 128
     ignore: ["*.router"]      # glob patterns of module paths, e.g. model.layers.0.self_attn.q_proj
     views: [fold_norms, {rotate: {untie: true}}]   # the model is rewritten into an equal one before anything else (views.py)
+    blocks: [awq]             # each block is prepared before its linears are compressed (scaling.py)
 
 Every linear of the blocks takes the first step whose `match` fits its path; a linear that no step matches stays as it is.
 """
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .methods import METHODS
+from .scaling import BLOCKS
 from .views import VIEWS
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -63,12 +65,16 @@ class Recipe(BaseModel):
     ignore: tuple[str, ...] = ()
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
     views: tuple[Named, ...] = ()  # exact rewritings of the model, applied in this order as its tensors are read
+    blocks: tuple[Named, ...] = ()  # what is done to each block before its linears are compressed
 
     def viewed(self, source: Checkpoint) -> Checkpoint:
         """The model that the steps see. Raises CompressError where a view cannot be applied to it."""
         for _, view in _named("view", self.views, VIEWS):
             source = view(source)
         return source
+
+    def changes(self) -> list:
+        return [step for _, step in _named("block step", self.blocks, BLOCKS)]
 
     def check(self) -> Recipe:
         """Every step and view built once, so that a bad option is told before anything is read or written."""
@@ -79,7 +85,8 @@ class Recipe(BaseModel):
         """Everything that decides what this recipe does, defaults included and values as the methods took them."""
         steps = [{"method": s.method, "match": s.match} | _fields(s.build()) for s in self.steps]
         views = [{"view": name} | _fields(view) for name, view in _named("view", self.views, VIEWS)]
-        return self.model_dump(mode="json", exclude={"steps", "views"}) | {"steps": steps, "views": views}
+        blocks = [{"block": name} | _fields(step) for name, step in _named("block step", self.blocks, BLOCKS)]
+        return self.model_dump(mode="json", exclude={"steps", "views", "blocks"}) | {"steps": steps, "views": views, "blocks": blocks}
 
     def step_for(self, path: str) -> Step | None:
         """The first step that fits a module path, or None where the linear stays as it is."""
@@ -100,7 +107,7 @@ class Recipe(BaseModel):
         for key, value in pairs:
             method, _, option = key.rpartition(".")
             if not method:
-                known = ("ignore", "true_sequential", "views")
+                known = ("ignore", "true_sequential", "views", "blocks")
                 if option not in known:
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value

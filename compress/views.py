@@ -102,7 +102,7 @@ class Rotate:
                 _refuse(source, f"the head is the embedding, and rotated they differ; {{rotate: {{untie: true}}}} stores both (+{more:.1f} MB)")
             source = source.untied()
         width = source.model.get_input_embeddings().weight.shape[1]
-        centres = any(_nature(source, norm)[1] for block in blocks for norm in block.norms) or _nature(source, final)[1]
+        centres = any(nature(source.model.get_submodule(norm))[1] for block in blocks for norm in block.norms) or nature(source.model.get_submodule(final))[1]
         turn = rotation(width, self.seed, centres)
         for name in embeddings:
             _add(edits, name, _along(-1, turn))
@@ -204,9 +204,9 @@ def _refuse(source: Checkpoint, why: str) -> None:
     raise CompressError(f"{source.name}: rotate: {why}; {{rotate: {{residual: false}}}} turns the heads only")
 
 
-def _nature(source: Checkpoint, norm: str) -> tuple[int, bool]:
+def nature(norm: nn.Module) -> tuple[int, bool]:
     """(1 where a norm multiplies by 1 + weight, else 0; whether it removes the mean): asked of the norm itself."""
-    module = copy.deepcopy(source.model.get_submodule(norm)).to_empty(device="cpu").double()
+    module = copy.deepcopy(norm).to_empty(device="cpu").double()
     x = torch.linspace(-1, 1, module.weight.shape[0], dtype=torch.float64)[None].exp()  # [1, n], mean not 0
     with torch.no_grad():
         for p in module.parameters():
@@ -221,7 +221,7 @@ def _nature(source: Checkpoint, norm: str) -> tuple[int, bool]:
 
 def _fold(source: Checkpoint, edits: dict[str, Edit], norm: str, readers: list[Linear], turn: Edit = lambda x: x) -> None:
     """γ into the weights that read a norm, β into their biases; then `turn` what they read. Where a reader has no bias, β stays as β/γ, turned."""
-    unit, _ = _nature(source, norm)
+    unit, _ = nature(source.model.get_submodule(norm))
     gain = lambda: source.tensor(f"{norm}.weight").double() + unit  # read where a tensor is edited, not while a run is planned
     shift = lambda: source.tensor(f"{norm}.bias").double()
     has_shift = f"{norm}.bias" in source.model.state_dict()
