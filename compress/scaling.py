@@ -26,11 +26,11 @@ from .methods import grid
 from .methods.options import IntOptions
 from .views import nature
 
+Layer = tuple[IntOptions, Tensor]  # the method that will compress a linear, its weight [out, n]
 
-@dataclass(frozen=True)
-class AWQ:
-    grid: int = 20  # powers tried: 0, 1/grid, …, 1 − 1/grid; a scale of 1 is always among them
-    rows: int = 512  # rows of each weight that the search looks at, evenly spread
+
+class Scaling:
+    """What every choice of scales shares: where they go, and what they are chosen from."""
 
     def sites(self, block: nn.Module, sites: tuple[Site, ...], plan: Mapping[str, object]) -> list[Site]:
         """The sites whose scale can be folded: everything that would be edited is compressed by the recipe, norms aside."""
@@ -40,29 +40,42 @@ class AWQ:
     def __call__(self, block: nn.Module, site: Site, stats: Stats, methods: Mapping[str, IntOptions]) -> None:
         """Scale one site of the resident block, in place. Raises CompressError for a method without an integer grid."""
         outputs, reads = fed_by(block, site)
-        H, loud = stats.hessian, stats.hessian.diagonal().sqrt()
+        loud = stats.hessian.diagonal().sqrt()
         loud = _mean_over(reads, torch.where(loud > 0, loud, loud[loud > 0].mean() if loud.any() else 1.0))
         layers = [(methods[p], get_weight(block.get_submodule(p), block.originals.get(f"{p}.weight"))) for p in site.linears]
-        largest = _mean_over(reads, torch.stack([W.abs().amax(0) for _, W in layers]).amax(0))
-        best, least = torch.ones_like(loud), torch.inf
-        for s in self.candidates(loud, largest):
-            error = sum(_relative(W[:: -(-len(W) // self.rows)], method, s[reads], H) for method, W in layers)
-            if error < least:
-                best, least = s, error
-        if (best != 1).any():
-            fold(block, site, best, outputs, reads)
+        s = self.choose(loud, layers, stats, reads)  # [outputs]
+        if (s != 1).any():
+            fold(block, site, s, outputs, reads)
 
-    def candidates(self, loud: Tensor, largest: Tensor) -> list[Tensor]:
-        """Scales [outputs] to choose from, for inputs of loudness `loud` and columns that reach up to `largest`."""
-        return [_centred(loud ** (k / self.grid)) for k in range(self.grid)]
+    def choose(self, loud: Tensor, layers: list[Layer], stats: Stats, reads: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Smooth(AWQ):
+class AWQ(Scaling):
+    """Scale the inputs of each site by a power of their loudness, searched per site by the error after rounding."""
+
+    grid: int = 20  # powers tried: 0, 1/grid, …, 1 − 1/grid
+    rows: int = 512  # rows of each weight that the search looks at, evenly spread
+
+    def choose(self, loud: Tensor, layers: list[Layer], stats: Stats, reads: Tensor) -> Tensor:
+        """The scale [outputs] of the least relative error, summed over the linears that share it; loud [outputs], reads [n]: who hears which."""
+        some = [(method, W[:: -(-len(W) // self.rows)]) for method, W in layers]
+        scales = [_centred(loud ** (k / self.grid)) for k in range(self.grid)]
+        errors = [sum(rounding_error(method, W, s[reads], stats) for method, W in some) for s in scales]
+        return scales[errors.index(min(errors))]
+
+
+@dataclass(frozen=True)
+class Smooth(Scaling):
+    """Scale the inputs of each site so that inputs and weights share the loudness, SmoothQuant's way."""
+
     alpha: float = 0.5  # how much of the difference in loudness moves from the inputs into the weights
 
-    def candidates(self, loud: Tensor, largest: Tensor) -> list[Tensor]:
-        return [_centred(loud**self.alpha / largest.clamp(min=1e-5) ** (1 - self.alpha))]
+    def choose(self, loud: Tensor, layers: list[Layer], stats: Stats, reads: Tensor) -> Tensor:
+        """s = rms(x)^α / max|W|^(1−α), [outputs]."""
+        largest = _mean_over(reads, torch.stack([W.abs().amax(0) for _, W in layers]).amax(0))
+        return _centred(loud**self.alpha / largest.clamp(min=1e-5) ** (1 - self.alpha))
 
 
 BLOCKS = {"awq": AWQ, "smooth": Smooth}
@@ -71,36 +84,38 @@ BLOCKS = {"awq": AWQ, "smooth": Smooth}
 def fed_by(block: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
     """Which outputs of `previous` feed a site, and for each of its inputs [n] which of those. A linear feeds it with its last n; under grouped-query
     attention each of v_proj's heads feeds several."""
-    previous, n = block.get_submodule(site.previous), in_features(block.get_submodule(site.linears[0]))
+    path, n = str(site.previous), in_features(block.get_submodule(site.linears[0]))
+    previous = block.get_submodule(path)
     out = previous.weight.shape[-1 if isinstance(previous, Conv1D) else 0]
     channels = torch.arange(n, device=previous.weight.device)
     if out >= n:
         return channels + out - n, channels
-    dim = block.get_submodule(site.previous.rpartition(".")[0]).head_dim
+    dim = int(block.get_submodule(path.rpartition(".")[0]).head_dim)
     return channels[:out], channels // dim // (n // out) * dim + channels % dim
 
 
 def fold(block: nn.Module, site: Site, s: Tensor, outputs: Tensor, reads: Tensor) -> None:
     """Divide `outputs` of `previous` by s and multiply the columns that read them, in place; the block computes what it did."""
-    previous, s = block.get_submodule(site.previous), s.double()
+    path, s = str(site.previous), s.double()
+    previous = block.get_submodule(path)
     if previous.weight.dim() == 1:
         unit, _ = nature(previous)
-        gain = _kept(block, f"{site.previous}.weight").double() + unit
-        stored = (gain / s - unit).to(block.stored[f"{site.previous}.weight"])
+        gain = _kept(block, f"{path}.weight").double() + unit
+        stored = (gain / s - unit).to(block.stored[f"{path}.weight"])
         left = stored.double() + unit
         s = torch.where((gain == 0) | (left == 0), 1.0, gain / left)  # what rounding left: exact again
-        _keep(block, f"{site.previous}.weight", torch.where(s == 1, gain - unit, left - unit))
+        _keep(block, f"{path}.weight", torch.where(s == 1, gain - unit, left - unit))
     else:
-        W = get_weight(previous, block.originals.get(f"{site.previous}.weight")).clone()
+        W = get_weight(previous, block.originals.get(f"{path}.weight")).clone()
         W[outputs] = (W[outputs].double() / s[:, None]).float()
-        _put(block, site.previous, W)
+        _put(block, path, W)
     if getattr(previous, "bias", None) is not None:
-        bias = _kept(block, f"{site.previous}.bias").double()
+        bias = _kept(block, f"{path}.bias").double()
         bias[outputs] /= s
-        _keep(block, f"{site.previous}.bias", bias)
-    for path in site.linears:
-        W = get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight"))
-        _put(block, path, (W.double() * s[reads]).float())
+        _keep(block, f"{path}.bias", bias)
+    for reader in site.linears:
+        W = get_weight(block.get_submodule(reader), block.originals.get(f"{reader}.weight"))
+        _put(block, reader, (W.double() * s[reads]).float())
 
 
 def _put(block: nn.Module, path: str, W: Tensor) -> None:
@@ -134,12 +149,11 @@ def _mean_over(reads: Tensor, values: Tensor) -> Tensor:
     return total / torch.bincount(reads)
 
 
-def _relative(W: Tensor, method: IntOptions, s: Tensor, H: Tensor) -> float:
+def rounding_error(method: IntOptions, W: Tensor, s: Tensor, stats: Stats) -> float:
     """Relative error in the H-norm of rounding W diag s to the method's grid, unclipped."""
     if not isinstance(method, IntOptions):
-        raise CompressError(f"a scale is searched for integer grids, and {type(method).__name__.lower()} has none; use rtn or gptq, or leave `blocks` out")
+        raise CompressError(f"a scale is searched for integer grids, and {type(method).__name__.lower()} has none; use rtn or gptq, or leave awq out")
     groups = (W * s).view(len(W), -1, method.group_size if method.group_size > 0 else W.shape[1])
     g = grid.fit(groups, method.levels, method.code_bits, method.sym, "none", None, torch.float32)
     z, step = g.zero[..., None], g.scale[..., None]
-    W_hat = (g.codes(groups, step, z) - z).mul_(step).view_as(W) / s
-    return Stats(H).error(W, W_hat)
+    return stats.error(W, (g.codes(groups, step, z) - z).mul_(step).view_as(W) / s)

@@ -60,11 +60,12 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
                 weight = build(record["format"], {t: tensors[f"{layer}.{t}"].to(probe.device) for t in record["tensors"]})
                 set_weight(block.get_submodule(layer.removeprefix(name + ".")), weight.dequantize())
                 yield Done(i, layer, LayerRecord.model_validate(record), 0.0, True)
-            formats = {f"{layer}.{t}" for layer, record in header["layers"].items() for t in record["tensors"]}
-            kept, now = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n not in formats}, block.state_dict()
-            block.load_state_dict({n: t.to(now[n]) for n, t in kept.items()}, strict=False, assign=True)  # what a block step edited
+                for t in record["tensors"]:
+                    del tensors[f"{layer}.{t}"]
+            now = block.state_dict()  # the rest: a block step may have edited norms and biases
+            block.load_state_dict({n: tensors[f"{name}.{n}"].to(now[n]) for n in now if f"{name}.{n}" in tensors}, strict=False, assign=True)
             block.requires_grad_(False)
-            del tensors, kept, now
+            del tensors, now
         else:
             layers: dict[str, LayerRecord] = {}
             formats: dict[str, Format] = {}
@@ -85,7 +86,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
     name = source.block_name(i)
     sites = sites_of(source, block, stream or probe)
     plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
-    for change in recipe.changes():  # exact edits of the whole block, before anything in it is rounded
+    for change in recipe.changes() if stream is not None else ():  # exact edits of the whole block, before anything in it is rounded
         for stage in stages(block, change.sites(block, sites, plan), False):
             found = stream.collect(block, {s.name: s.linears[0] for s in stage})
             for site in (s for s in stage if s.name in found and found[s.name].count):

@@ -12,14 +12,15 @@ from .rtn import RTN
 METHODS = {"rtn": RTN, "gptq": GPTQ}
 
 
-def describe() -> list[dict[str, Any]]:
+def describe(table: dict[str, type] = METHODS) -> list[dict[str, Any]]:
     """[{"name", "about", "options": [{"name", "values", "default", "help"}]}]: what `inspect --methods` and docs/methods.md show.
 
-    Nothing is written twice: `about` opens the method's file, `help` is the comment beside the field, `values` its type.
+    Nothing is written twice: `about` opens the method's file (or the class, where a file has several), `help` is the comment beside the field,
+    `values` its type.
     """
     described = []
-    for name, method in METHODS.items():
-        about = " ".join((sys.modules[method.__module__].__doc__ or "").split("\n\n")[0].split())
+    for name, method in table.items():
+        about = " ".join(((sys.modules[method.__module__] if table is METHODS else method).__doc__ or "").split("\n\n")[0].split())
         comments: dict[str, str] = {}
         for cls in filter(dataclasses.is_dataclass, reversed(method.__mro__)):  # a field that a subclass repeats has its comment there
             comments |= re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(cls), re.M)
