@@ -86,11 +86,8 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
     name = source.block_name(i)
     sites = sites_of(source, block, stream or probe)
     plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
-    for change in recipe.changes() if stream is not None else ():  # exact edits of the whole block, before anything in it is rounded
-        for stage in stages(block, change.sites(block, sites, plan), False):
-            found = stream.collect(block, {s.name: s.linears[0] for s in stage})
-            for site in (s for s in stage if s.name in found and found[s.name].count):
-                change(block, site, found[site.name], {p: m for p, (_, m) in plan.items()})
+    if stream is not None:
+        _prepare(recipe, block, sites, {path: method for path, (_, method) in plan.items()}, stream)
     waiting = set(plan)
     for stage in stages(block, [s for s in sites if any(p in plan for p in s.linears)], recipe.true_sequential):
         stats: dict[str, Stats] = {}
@@ -144,6 +141,16 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
         if stream is not None:
             for child in final:  # nothing in it is left to compress, so later passes need not compute it again
                 stream.freeze(block, child, stage[-1].linears[-1] if len(final) == 1 else None)
+
+
+def _prepare(recipe: Recipe, block: nn.Module, sites: tuple[Site, ...], methods: dict, stream: Stream) -> None:
+    """Block steps: exact edits of the resident block, before anything in it is rounded."""
+    for change in recipe.changes():
+        for stage in stages(block, change.sites(block, sites, methods), False):
+            found = stream.collect(block, {s.name: s.linears[0] for s in stage})
+            for site in stage:
+                if site.name in found and found[site.name].count:  # an expert may have seen no token
+                    change(block, site, found[site.name], methods)
 
 
 def _release(block: nn.Module) -> None:
