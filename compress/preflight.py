@@ -80,7 +80,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         method = step.build()
         fmt = method.planned((m, n), stored, name)
         rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * stored.itemsize, fmt.nbytes()))
-        if method.needs:
+        if method.needs or recipe.blocks:
             n_max = max(n_max, n)
             block_work.setdefault(i, set()).add(n)
             work += 2.0 * n * n * (m + n / 3) + 6.0 * tokens * m * n  # solver; about three passes through the layer
@@ -93,12 +93,16 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
     block_bytes = max((source.nbytes(source.block_groups(i)) for i in range(source.num_blocks)), default=0)
     block_bytes = block_bytes * source.dtype.itemsize // source.stored_dtype.itemsize
+    if source.edits or recipe.blocks:  # what they edit is kept in fp32 beside the block
+        block_bytes += block_bytes * 4 // source.dtype.itemsize
     outer = source.nbytes(source.outer_groups())
     width = source.model.get_input_embeddings().weight.shape[1]
     states = states_kept * tokens * width * source.dtype.itemsize if n_max else 0
     weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
     by_block = [[r for r in rows if r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
     experts = max(sum(4 * r.shape[1] ** 2 for r in block if r.method and ".experts." in r.name) for block in by_block) if by_block else 0
+    if recipe.blocks:  # the Hessians of a whole block at once
+        experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in block}) for block in by_block), default=0)
     working = 4 * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
     working += batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]

@@ -5,8 +5,9 @@
 
 1/s goes into what makes x: the norm before, the rows of v_proj (repeated under grouped-query attention) or of up_proj. A norm's weight is rounded to
 its stored type first and s is what that rounding left, so the model is unchanged to the last bit of fp32. What we do differently: loudness is
-rms, the diagonal of H that all methods share, and α is judged by tr[(Ŵ−W) H (Ŵ−W)ᵀ], not by running the parent module. Sites that no op
-exactly feeds, and layers that the recipe does not compress, are left alone. Cost: one pass more a block, and `grid` roundings of `rows` rows.
+rms, the diagonal of H that all methods share, and α is judged by tr[(Ŵ−W) H (Ŵ−W)ᵀ], not by running the parent module; before GPTQ, whose later
+columns make up for the earlier ones, by Σ_j |ŵ_j−w_j|²/U_jj², the part that they cannot. Sites that no op exactly feeds, and layers that the recipe
+does not compress, are left alone. Cost: one pass more a block, `grid` roundings of `rows` rows, and before GPTQ a factorization of H a site.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .arch import Site
 from .calibration.statistics import Stats
 from .errors import CompressError
 from .linear import get_weight, in_features, set_weight
-from .methods import grid
+from .methods import GPTQ, grid
 from .methods.options import IntOptions
 from .views import nature
 
@@ -150,10 +151,15 @@ def _mean_over(reads: Tensor, values: Tensor) -> Tensor:
 
 
 def rounding_error(method: IntOptions, W: Tensor, s: Tensor, stats: Stats) -> float:
-    """Relative error in the H-norm of rounding W diag s to the method's grid, unclipped."""
+    """Relative error in the H-norm of rounding W diag s to the method's grid, unclipped; for GPTQ what its sweep would leave of it."""
     if not isinstance(method, IntOptions):
         raise CompressError(f"a scale is searched for integer grids, and {type(method).__name__.lower()} has none; use rtn or gptq, or leave awq out")
     groups = (W * s).view(len(W), -1, method.group_size if method.group_size > 0 else W.shape[1])
     g = grid.fit(groups, method.levels, method.code_bits, method.sym, "none", None, torch.float32)
     z, step = g.zero[..., None], g.scale[..., None]
-    return stats.error(W, (g.codes(groups, step, z) - z).mul_(step).view_as(W) / s)
+    W_hat = (g.codes(groups, step, z) - z).mul_(step).view_as(W) / s
+    if not isinstance(method, GPTQ):
+        return stats.error(W, W_hat)
+    factor = stats.factor(method.damp, method.act_order)
+    price = torch.empty_like(s).index_copy_(0, factor.order, factor.U.diagonal() ** -2)
+    return float(((W_hat - W).square() @ price).sum() / ((W @ stats.hessian) * W).sum())

@@ -198,6 +198,9 @@ def test_the_search_never_does_worse_than_no_scale_and_uses_loud_channels():
     torch.testing.assert_close(block.mlp.up_proj.weight / s, before)
     one = torch.ones(64)
     assert rounding_error(method, before, s, stats) < 0.5 * rounding_error(method, before, one, stats)
+    gptq = METHODS["gptq"](bits=3, group_size=32, clip="none", sweeps=0)
+    promised = rounding_error(gptq, before, one, stats)
+    assert 0.5 < promised / stats.error(before, gptq(before, stats, stored=torch.float32).dequantize()) < 1.5
     again = block.mlp.up_proj.weight.clone()
     AWQ(grid=1)(block, site, stats, methods)  # only the power 0
     assert torch.equal(block.mlp.up_proj.weight, again)
