@@ -4,7 +4,7 @@
                                  s_j = rms(x_j)^α / max|W_:j|^(1−α)        smooth: α given, arXiv 2211.10438
 
 1/s goes into what makes x: the norm before, the rows of v_proj (repeated under grouped-query attention) or of up_proj. A norm's weight is rounded to
-its stored type first and s is what that rounding left, so the model is unchanged to the last bit of fp32. What we do differently: loudness is
+its stored type first and s is what that rounding left, so the model changes by no more than fp32's rounding. What we do differently: loudness is
 rms, the diagonal of H that all methods share, and α is judged by tr[(Ŵ−W) H (Ŵ−W)ᵀ], not by running the parent module; before GPTQ, whose later
 columns make up for the earlier ones, by Σ_j |ŵ_j−w_j|²/U_jj², the part that they cannot. Sites that no op exactly feeds, and layers that the recipe
 does not compress, are left alone. Cost: one pass more a block, `grid` roundings of `rows` rows, and before GPTQ a factorization of H a site.
