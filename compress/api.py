@@ -69,7 +69,7 @@ def plan(model: str, recipe: str | dict | _recipe.Recipe = "w4-gptq", *, setting
          seqlen: int = 512, dtype: str = "auto", trust_remote_code: bool = False) -> Plan:  # fmt: skip
     """What `run` would make and cost: bytes (exact), RAM and time (estimates), layer by layer. Reads headers only."""
     chosen = _recipe.load(recipe).with_options(settings or [])
-    source = Checkpoint(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code)
+    source = chosen.viewed(Checkpoint(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code))
     return preflight.make(source, chosen, samples=samples, seqlen=seqlen)
 
 
@@ -88,10 +88,10 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     started = time.perf_counter()
     chosen = _recipe.load(recipe).with_options(settings or [])
     device = _device(device)
-    source = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
+    source = chosen.viewed(Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code))
     planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)  # refuses bad group sizes before anything is written
     fallbacks = [{"what": "pattern matches nothing", "where": p, "count": 1, "detail": "no linear of this model has such a path"}
-                 for p in preflight.unmatched(chosen, planned.layers)]  # fmt: skip
+                 for p in preflight.unmatched(chosen, planned.layers)] + source.notes  # fmt: skip
     needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
     data = None
     if needs or chosen.tune or chosen.distill:
@@ -101,7 +101,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         fallbacks += data.fallbacks
         _fits(data, source.config, _vocabulary(source), model)
     _strict(strict, fallbacks)
-    identity = {"source": source.digest(), "recipe": chosen.model_dump(mode="json", exclude={"steps"}) | {"steps": [s.identity() for s in chosen.steps]},
+    identity = {"source": source.digest(), "recipe": chosen.identity(),
                 "calibration": data and data.record | {"sha256": _digest(data)}, "seed": seed,
                 "dtype": str(source.dtype)[6:], "device": torch.device(device).type, "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
     folder = Path(output)
@@ -142,7 +142,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         headers[PROBE.removesuffix(".safetensors")] = writer.commit(PROBE.removesuffix(".safetensors"), {
             "tokens": probe.tokens, "logits": next(probe.logits())[:, -PROBE_KEPT:].float()}, {}, fallbacks)  # fmt: skip
         _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
-        manifest = writer.finish(headers, source.path, source.blocks_path, _totals(headers, source, planned), __version__)
+        manifest = writer.finish(headers, source.path, source.changes, source.blocks_path, _totals(headers, source, planned), __version__)
     finally:
         writer.close()
     return Report(str(folder), manifest, time.perf_counter() - started, resumed, _peak_rss())

@@ -41,6 +41,7 @@ class Arch:
     sites: tuple[Site, ...]                    # execution order; a "*" in a path stands for an expert index
     skip: tuple[str, ...] = ()                 # linears left alone on purpose: routers
     when: tuple[tuple[str, object], ...] = ()  # config values it describes; the first entry that matches counts
+    also: tuple[tuple[str, str], ...] = ()     # (norm, fused weight) of what reads a norm's output with other readers
 
     def sites_of(self, block: nn.Module) -> tuple[Site, ...]:
         """The sites present in this block, experts expanded. No expert feeds another, so the inputs of all experts come
@@ -90,7 +91,8 @@ OLMO2 = Arch("model.layers", (replace(ATTN_IN, previous=None), ATTN_OUT, replace
 MOE = Arch("model.layers", (
     *LLAMA.sites,
     Site("experts.*.input", ("mlp.experts.*.gate_up_proj",), None),
-    Site("experts.*.output", ("mlp.experts.*.down_proj",), "mlp.experts.*.gate_up_proj")))
+    Site("experts.*.output", ("mlp.experts.*.down_proj",), "mlp.experts.*.gate_up_proj")),
+    also=(("post_attention_layernorm", "mlp.gate.weight"), ("post_attention_layernorm", "mlp.experts.gate_up_proj")))
 PHI3 = Arch("model.layers", (
     Site("attn.input", ("self_attn.qkv_proj",), "input_layernorm"),
     Site("attn.output", ("self_attn.o_proj",), None),

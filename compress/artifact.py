@@ -264,9 +264,9 @@ class Writer:
         (self.folder / f"{shard}.safetensors").unlink(missing_ok=True)
         _sync(self.folder)
 
-    def finish(self, headers: dict[str, dict], source: Path, blocks: str, totals: dict[str, float], version: str) -> Manifest:
-        """Everything beside the shards, the manifest last."""
-        config = json.loads((source / "config.json").read_text())
+    def finish(self, headers: dict[str, dict], source: Path, changes: dict[str, Any], blocks: str, totals: dict[str, float], version: str) -> Manifest:
+        """Everything beside the shards, the manifest last; `changes` are the values of config.json that a view changed."""
+        config = json.loads((source / "config.json").read_text()) | changes
         config["quantization_config"] = {"quant_method": "compress", "format_version": FORMAT_VERSION, "manifest": MANIFEST}
         weights = {name: t for shard, h in headers.items() if f"{shard}.safetensors" != PROBE for name, t in h["tensors"].items()}
         stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize for t in weights.values())

@@ -11,9 +11,11 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -89,6 +91,9 @@ class Checkpoint:
         self._check_config()
         self.stored_dtype = dominant_dtype(self.entries)
         self.dtype = dtype or self.stored_dtype
+        self.edits: dict[str, Callable[[Tensor], Tensor]] = {}  # what a view makes of a model tensor when it is read (views.py)
+        self.changes: dict[str, Any] = {}  # configuration values that a view changed
+        self.notes: list[dict] = []  # what a view could not do, for the manifest
 
     def _check_config(self) -> None:
         if quantized := getattr(self.config, "quantization_config", None):
@@ -139,6 +144,11 @@ class Checkpoint:
                 continue
             group = found.get(target) or Group(target, (), by_pattern.get(pattern))
             found[target] = Group(target, (*group.sources, (key, pattern or key)), group.converter)
+        if self.changes.get("tie_word_embeddings") is False:  # one tensor on disk, two in the model
+            names = [f"{name}.weight" for name, m in self.model.named_modules()
+                     if m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())]  # fmt: skip
+            sources = next(found[n].sources for n in names if n in found)
+            found |= {n: Group(n, sources, None) for n in names if n not in found}
         return found
 
     def block_groups(self, i: int) -> list[Group]:
@@ -152,7 +162,11 @@ class Checkpoint:
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype in which a tensor of a block is stored, experts by their unfused names."""
         group = self.groups.get(name) or self.groups.get(_fused(name))
-        return self.entries[group.sources[0][0]].dtype if group else self.stored_dtype
+        return self.stored(group) if group else self.stored_dtype
+
+    def stored(self, group: Group) -> torch.dtype:
+        """The dtype of a group's tensors on disk, here and in an artifact."""
+        return self.entries[group.sources[0][0]].dtype
 
     def nbytes(self, groups: list[Group]) -> int:
         return sum(self.entries[key].nbytes for g in groups for key, _ in g.sources)
@@ -169,20 +183,36 @@ class Checkpoint:
             raise CompressError(f"{file}: cannot read {key}: {error}; download the file again") from error
 
     def read(self, group: Group) -> dict[str, Tensor]:
-        """The model tensors that a group makes, in the stored dtype."""
+        """The model tensors that a group makes, in the stored dtype; those that a view edits wider, not yet rounded to it."""
         tensors = {key: self.read_stored(key) for key, _ in group.sources}
         if group.converter is None:
-            return {group.target: tensors[group.sources[0][0]]}
-        converter = copy.deepcopy(group.converter)
-        for key, pattern in group.sources:
-            converter.add_tensor(group.target, key, pattern, tensors.pop(key))
-        made = converter.convert(group.target, model=self.model, config=self.model.config)
-        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+            made = {group.target: tensors[group.sources[0][0]]}
+        else:
+            converter = copy.deepcopy(group.converter)
+            for key, pattern in group.sources:
+                converter.add_tensor(group.target, key, pattern, tensors.pop(key))
+            made = converter.convert(group.target, model=self.model, config=self.model.config)
+        made = {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+        return {name: self.edits[name](t) if name in self.edits else t for name, t in made.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One model tensor by its name, as `read` gives it."""
+        return self.read(self.groups[name])[name]
+
+    def untied(self) -> Checkpoint:
+        """The same model with a head of its own, read from where the embedding is read."""
+        view = copy.copy(self)
+        view.changes = self.changes | {"tie_word_embeddings": False}
+        view.config = copy.deepcopy(self.config)
+        view.config.tie_word_embeddings = False
+        for cached in ("model", "groups"):
+            view.__dict__.pop(cached, None)
+        return view
 
     def _fill(self, module: nn.Module, prefix: str, groups: list[Group], device: torch.device | str) -> tuple[dict, dict]:
-        """Put tensors into a meta module, cast to the dtype its parameters were declared in.
+        """Put tensors into a meta module as an artifact would hold them, cast to the dtype its parameters were declared in.
 
-        Returns, by local name, the stored dtypes, and the original of every tensor that the cast made coarser.
+        Returns, by local name, the stored dtypes, and the original of every tensor that either cast made coarser.
         """
         expected, loaded, stored, originals = module.state_dict(), {}, {}, {}
         for group in groups:
@@ -194,9 +224,9 @@ class Checkpoint:
                     raise CompressError(f"{self.name}: {name} is {list(tensor.shape)}, the configuration says {list(expected[local].shape)}")
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise CompressError(f"{self.name}: {name} holds {(~torch.isfinite(tensor)).sum()} NaN or Inf values; the checkpoint is damaged")
-                stored[local] = tensor.dtype
-                loaded[local] = tensor.to(device=device, dtype=expected[local].dtype)
-                if torch.promote_types(tensor.dtype, expected[local].dtype) != expected[local].dtype:
+                stored[local], declared = self.stored(group), expected[local].dtype
+                loaded[local] = tensor.to(stored[local]).to(device=device, dtype=declared)
+                if tensor.dtype != stored[local] or torch.promote_types(tensor.dtype, declared) != declared:
                     originals[local] = tensor
         module.load_state_dict(loaded, strict=False, assign=True)
         module.requires_grad_(False)
@@ -213,8 +243,9 @@ class Checkpoint:
         missing = [n for n, p in block.named_parameters() if p.is_meta]
         if missing:
             raise CompressError(f"{self.name}: {name} lacks {', '.join(missing)} (not in any safetensors file)")
-        if unfuse_experts(block) and (wide := [n for n in originals if n.endswith(("gate_up_proj", "down_proj"))]):
-            raise CompressError(f"{self.name}: {name}.{wide[0]} is {str(stored[wide[0]])[6:]}, which {str(self.dtype)[6:]} cannot hold; use --dtype float32")
+        if unfuse_experts(block):
+            for path, _, leaf in [n.rpartition(".") for n in originals if n.endswith((".gate_up_proj", ".down_proj"))]:
+                originals |= {f"{path}.{e}.{leaf}.weight": t for e, t in enumerate(originals.pop(f"{path}.{leaf}"))}
         for buffer_name, buffer in block.named_buffers():
             parent, _, leaf = buffer_name.rpartition(".")
             setattr(block.get_submodule(parent), leaf, buffer.to(device))

@@ -19,7 +19,9 @@ from .artifact import PARTIAL
 from .calibration.data import SPECS
 from .errors import CompressError
 from .methods import describe
+from .scaling import BLOCKS
 from .version import __version__
+from .views import VIEWS
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
                   help="Post-training compression of Hugging Face transformers.\n\nStart with [bold]compress demo[/bold], "
@@ -174,7 +176,7 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
 
 
 def _methods(json_: Path | None) -> None:
-    described = describe()
+    described = [*describe(), *describe(VIEWS), *describe(BLOCKS)]
     for method in described:
         out.print(f"{method['name']}: {method['about']}", highlight=False, markup=False)
         table = Table("option", "default", "values", "what it does")

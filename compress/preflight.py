@@ -80,7 +80,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         method = step.build()
         fmt = method.planned((m, n), stored, name)
         rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * stored.itemsize, fmt.nbytes()))
-        if method.needs:
+        if method.needs or recipe.blocks:
             n_max = max(n_max, n)
             block_work.setdefault(i, set()).add(n)
             work += 2.0 * n * n * (m + n / 3) + 6.0 * tokens * m * n  # solver; about three passes through the layer
@@ -90,7 +90,8 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     work += sum(tokens * n * n * 1.2 for per in block_work.values() for n in per)  # Hessians, half of XᵀX
     before = sum(e.nbytes for e in source.entries.values())
     compressed = [r for r in rows if r.method]
-    after = before - sum(r.bytes_before - r.bytes_after for r in compressed)
+    kept = source.nbytes(list(source.groups.values())) + sum(source.entries[key].nbytes for key in source.unknown)  # a view may store a tied head
+    after = kept - sum(r.bytes_before - r.bytes_after for r in compressed)
     solved = sum(r.shape[0] * r.shape[1] for r in compressed)
     work += tokens * solved * (6.0 * ("guidance" in needs) + 8.0 * (recipe.distill.epochs if recipe.distill else 0))
     work += 6.0 * solved * batch * seqlen * (recipe.tune.steps if recipe.tune else 0)
@@ -98,6 +99,8 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
     block_bytes = max((source.nbytes(source.block_groups(i)) for i in range(source.num_blocks)), default=0)
     block_bytes = block_bytes * source.dtype.itemsize // source.stored_dtype.itemsize
+    if source.edits or recipe.blocks:  # what they edit is kept in fp32 beside the block
+        block_bytes += block_bytes * 4 // source.dtype.itemsize
     outer = source.nbytes(source.outer_groups())
     width = source.model.get_input_embeddings().weight.shape[1]
     states_kept += 3 * twice + (source.num_blocks + 1) * ("guidance" in needs)
@@ -105,6 +108,8 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
     by_block = [[r for r in rows if r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
     experts = max(sum(4 * r.shape[1] ** 2 for r in block if r.method and ".experts." in r.name) for block in by_block) if by_block else 0
+    if recipe.blocks:  # the Hessians of a whole block at once
+        experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in block}) for block in by_block), default=0)
     working = (4 + twice) * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
     working += batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits

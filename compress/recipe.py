@@ -6,6 +6,8 @@
         bits: 4
         group_size: 128
     ignore: ["*.router"]      # glob patterns of module paths, e.g. model.layers.0.self_attn.q_proj
+    views: [fold_norms, {rotate: {untie: true}}]   # the model is rewritten into an equal one before anything else (views.py)
+    blocks: [awq]             # each block is prepared before its linears are compressed (scaling.py)
 
 Every linear of the blocks takes the first step whose `match` fits its path; a linear that no step matches stays as it is.
 """
@@ -23,10 +25,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from .checkpoint import Checkpoint
 from .distill import Distill
 from .errors import CompressError
 from .methods import METHODS
+from .scaling import BLOCKS
 from .tune import Tune
+from .views import VIEWS
 
 RECIPES = Path(__file__).parent / "recipes"
 if not RECIPES.is_dir():  # a bare checkout: the folder lies beside the package
@@ -45,29 +50,13 @@ class Step(BaseModel):
 
     def build(self):
         """The method, a frozen dataclass ready to be called. Raises CompressError on unknown names and bad values."""
-        if self.method not in METHODS:
-            raise CompressError(f"unknown method {self.method!r}{nearest(self.method, METHODS)}")
-        cls = METHODS[self.method]
-        fields = {f.name for f in dataclasses.fields(cls)}
-        for name in self.options():
-            if name not in fields:
-                raise CompressError(f"unknown option {self.method}.{name}{nearest(name, fields)}")
-        try:
-            return TypeAdapter(cls).validate_python(self.options())
-        except ValidationError as error:
-            first = error.errors()[0]
-            if isinstance(cause := first.get("ctx", {}).get("error"), CompressError):
-                raise CompressError(f"{self.method}: {cause}") from error
-            place = ".".join(str(p) for p in first["loc"][:1])
-            raise CompressError(f"{self.method}.{place} = {first['input']!r}: {first['msg']}") from error
-
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides what this step does, defaults included and values as the method took them."""
-        method = self.build()
-        return {"method": self.method, "match": self.match, **{f.name: getattr(method, f.name) for f in dataclasses.fields(method)}}
+        return _build("method", self.method, self.options(), METHODS)
 
     def matches(self, path: str) -> bool:
         return any(fnmatchcase(path, p) for p in ([self.match] if isinstance(self.match, str) else self.match))
+
+
+Named = str | dict[str, dict[str, Any]]  # `rotate` or `{rotate: {seed: 1}}`
 
 
 class Recipe(BaseModel):
@@ -79,6 +68,31 @@ class Recipe(BaseModel):
     tune: Tune | None = None  # train codes and scales of each block against the original block, after its linears are solved
     distill: Distill | None = None  # at the end, train scales, norms and rounding of the whole model on the KL divergence
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
+    views: tuple[Named, ...] = ()  # exact rewritings of the model, applied in this order as its tensors are read
+    blocks: tuple[Named, ...] = ()  # what is done to each block before its linears are compressed
+
+    def viewed(self, source: Checkpoint) -> Checkpoint:
+        """The model that the steps see. Raises CompressError where a view cannot be applied to it."""
+        for _, view in _named("view", self.views, VIEWS):
+            source = view(source)
+        return source
+
+    def changes(self) -> list:
+        return [step for _, step in _named("block step", self.blocks, BLOCKS)]
+
+    def check(self) -> Recipe:
+        """Every step and view built once, so that a bad option is told before anything is read or written."""
+        if self.distill and (self.views or self.blocks):
+            raise CompressError(f"recipe {self.name}: distill trains the model in its own basis; leave out views and blocks, or distill")
+        self.identity()
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what this recipe does, defaults included and values as the methods took them."""
+        steps = [{"method": s.method, "match": s.match} | _fields(s.build()) for s in self.steps]
+        views = [{"view": name} | _fields(view) for name, view in _named("view", self.views, VIEWS)]
+        blocks = [{"block": name} | _fields(step) for name, step in _named("block step", self.blocks, BLOCKS)]
+        return self.model_dump(mode="json", exclude={"steps", "views", "blocks"}) | {"steps": steps, "views": views, "blocks": blocks}
 
     def step_for(self, path: str) -> Step | None:
         """The first step that fits a module path, or None where the linear stays as it is."""
@@ -99,7 +113,7 @@ class Recipe(BaseModel):
         for key, value in pairs:
             method, _, option = key.rpartition(".")
             if not method:
-                known = ("ignore", "true_sequential")
+                known = ("ignore", "true_sequential", "views", "blocks")
                 if option not in known:
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value
@@ -112,10 +126,34 @@ class Recipe(BaseModel):
                 raise CompressError(f"--set {key}: recipe {self.name} has no {method!r} step{nearest(method, {s['method'] for s in data['steps']})}")
             for step in hit:
                 step[option] = value
-        recipe = _validate(data, self.name)
-        for step in recipe.steps:
-            step.build()
-        return recipe
+        return _validate(data, self.name).check()
+
+
+def _build(kind: str, name: str, options: dict[str, Any], table: dict[str, type]):
+    """A frozen dataclass of `table` by its name. Raises CompressError on unknown names and bad values."""
+    if name not in table:
+        raise CompressError(f"unknown {kind} {name!r}{nearest(name, table)}")
+    fields = {f.name for f in dataclasses.fields(table[name])}
+    for option in options:
+        if option not in fields:
+            raise CompressError(f"unknown option {name}.{option}{nearest(option, fields)}")
+    try:
+        return TypeAdapter(table[name]).validate_python(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if isinstance(cause := first.get("ctx", {}).get("error"), CompressError):
+            raise CompressError(f"{name}: {cause}") from error
+        place = ".".join(str(p) for p in first["loc"][:1])
+        raise CompressError(f"{name}.{place} = {first['input']!r}: {first['msg']}") from error
+
+
+def _named(kind: str, entries: tuple[Named, ...], table: dict[str, type]) -> list[tuple[str, Any]]:
+    pairs = [(entry, {}) if isinstance(entry, str) else next(iter(entry.items()), ("", {})) for entry in entries]
+    return [(name, _build(kind, name, options, table)) for name, options in pairs]
+
+
+def _fields(built) -> dict[str, Any]:
+    return {f.name: getattr(built, f.name) for f in dataclasses.fields(built)}
 
 
 def _value(key: str, text: str) -> Any:
@@ -164,10 +202,7 @@ def load(recipe: str | Path | dict | Recipe) -> Recipe:
         if not isinstance(data, dict):
             raise CompressError(f"{where}: not a recipe: expected a mapping with `steps:`, found {type(data).__name__}")
         data = {"name": path.stem} | data
-    result = _validate(data, where)
-    for step in result.steps:
-        step.build()
-    return result
+    return _validate(data, where).check()
 
 
 def _validate(data: dict, where: str) -> Recipe:

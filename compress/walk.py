@@ -58,9 +58,9 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
         shard, name = f"block-{i:05d}", source.block_name(i)
         block = source.load_block(i, probe.device)
         _release(block)
-        twin = None if original is None else _twin(block)
         header = writer.header(shard)
         if header is not None:
+            twin = original and _twin(block)
             tensors = writer.read(shard)
             restore(block, name, header, tensors)
             for layer, record in header["layers"].items():
@@ -72,7 +72,13 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
             layers: dict[str, LayerRecord] = {}
             formats: dict[str, Format] = {}
             fallbacks: list[dict] = []
-            for done, weight in _compress_block(source, recipe, block, i, stream, original and (original, twin), guidance and guidance[i], probe, fallbacks):
+            sites = sites_of(source, block, stream or probe)
+            plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
+            if stream is not None:
+                _prepare(recipe, block, sites, {path: method for path, (_, method) in plan.items()}, stream)
+            twin = original and _twin(block)
+            pair, counts = original and (original, twin), guidance and guidance[i]
+            for done, weight in _compress_block(source, recipe, block, name, sites, plan, stream, pair, counts, fallbacks):
                 layers[done.name], formats[done.name.removeprefix(name + ".")] = done.record, weight
                 yield done
             if original is not None:
@@ -91,12 +97,10 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
         del block, twin
 
 
-def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int, stream: Stream | None,
-                    original: tuple[Stream, nn.Module] | None, guidance: dict[str, Tensor] | None, probe: Stream,
-                    fallbacks: list[dict]) -> Iterator[tuple[Done, Format]]:  # fmt: skip
-    name = source.block_name(i)
-    sites = sites_of(source, block, stream or probe)
-    plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
+def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: str, sites: tuple[Site, ...], plan: dict[str, tuple], stream: Stream | None,
+                    original: tuple[Stream, nn.Module] | None, guidance: dict[str, Tensor] | None, fallbacks: list[dict]
+                    ) -> Iterator[tuple[Done, Format]]:  # fmt: skip
+    at = int(name.rpartition(".")[2])
     waiting = set(plan)
     for stage in stages(block, [s for s in sites if any(p in plan for p in s.linears)], recipe.true_sequential):
         stats: dict[str, Stats] = {}
@@ -145,7 +149,7 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
                 set_weight(module, W_hat)
                 del W, W_hat
                 _release(block)
-                yield Done(i, where, record, shared + time.perf_counter() - started, False), weight
+                yield Done(at, where, record, shared + time.perf_counter() - started, False), weight
             if seen is not None:
                 if seen.dropped:
                     seen.note("tokens dropped", f"{seen.dropped} of {seen.dropped + seen.count} rows of the input were NaN or Inf")
@@ -161,7 +165,17 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, i: int
 
 def _twin(block: nn.Module) -> nn.Module:
     """The block as it is now, its tensors shared: compressing replaces a weight and never writes into it."""
-    return copy.deepcopy(block, {id(t): t for t in (*block.parameters(), *block.buffers())})
+    return copy.deepcopy(block, {id(t): t for t in (*block.parameters(), *block.buffers(), *block.originals.values())})
+
+
+def _prepare(recipe: Recipe, block: nn.Module, sites: tuple[Site, ...], methods: dict, stream: Stream) -> None:
+    """Block steps: exact edits of the resident block, before anything in it is rounded."""
+    for change in recipe.changes():
+        for stage in stages(block, change.sites(block, sites, methods), False):
+            found = stream.collect(block, {s.name: s.linears[0] for s in stage})
+            for site in stage:
+                if site.name in found and found[site.name].count:  # an expert may have seen no token
+                    change(block, site, found[site.name], methods)
 
 
 def _release(block: nn.Module) -> None:
@@ -241,7 +255,8 @@ def copy_outer(source: Checkpoint, writer: Writer, headers: dict[str, dict]) -> 
         if header is None:
             tensors: dict[str, Tensor] = {}
             for name in names:
-                tensors |= source.read(groups[name]) if name in groups else {name: source.read_stored(name)}
+                read = source.read(groups[name]) if name in groups else {name: source.read_stored(name)}
+                tensors |= {n: t.to(source.stored(groups[name])) for n, t in read.items()} if name in groups else read
             kept = [{"what": "kept as it is", "where": name, "count": 1, "detail": "the model class does not know this tensor"}
                     for name in names if name not in groups]  # fmt: skip
             header = writer.commit(shard, tensors, {}, kept)

@@ -26,18 +26,21 @@ METHODS = {
 }  # fmt: skip
 
 
-def describe() -> list[dict[str, Any]]:
-    """[{"name", "about", "options": [{"name", "values", "default", "help"}]}]: what `inspect --methods` and docs/methods.md show."""
-    return [describe_options(name, method) for name, method in METHODS.items()]
+def describe(table: dict[str, type] | None = None) -> list[dict[str, Any]]:
+    """[{"name", "about", "options": [{"name", "values", "default", "help"}]}]: what `inspect --methods` and docs/methods.md show; by default of METHODS.
 
-
-def describe_options(name: str, cls: type) -> dict[str, Any]:
-    """One dataclass of options. Nothing is written twice: `about` opens its file, `help` is the comment beside the field, `values` its type."""
-    about = " ".join((sys.modules[cls.__module__].__doc__ or "").split("\n\n")[0].split())
-    comments: dict[str, str] = {}
-    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):  # a field that a subclass repeats has its comment there
-        comments |= re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(base), re.M)
-    types = get_type_hints(cls)
-    values = {f.name: ", ".join(map(str, get_args(types[f.name]))) or types[f.name].__name__ for f in dataclasses.fields(cls)}
-    options = [{"name": f.name, "values": values[f.name], "default": f.default, "help": comments.get(f.name, "")} for f in dataclasses.fields(cls)]
-    return {"name": name, "about": about, "options": options}
+    Nothing is written twice: `about` opens the file (or the class, where several share one), `help` is the comment beside the field, `values` its type.
+    """
+    described = []
+    table = METHODS if table is None else table
+    for name, method in table.items():
+        shared = sum(other.__module__ == method.__module__ for other in table.values()) > 1
+        about = " ".join(((method if shared else sys.modules[method.__module__]).__doc__ or "").split("\n\n")[0].split())
+        comments: dict[str, str] = {}
+        for cls in filter(dataclasses.is_dataclass, reversed(method.__mro__)):  # a field that a subclass repeats has its comment there
+            comments |= re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(cls), re.M)
+        types = get_type_hints(method)
+        values = {f.name: ", ".join(map(str, get_args(types[f.name]))) or types[f.name].__name__ for f in dataclasses.fields(method)}
+        options = [{"name": f.name, "values": values[f.name], "default": f.default, "help": comments.get(f.name, "")} for f in dataclasses.fields(method)]
+        described.append({"name": name, "about": about, "options": options})
+    return described
