@@ -1,0 +1,58 @@
+"""python -m compress.eval.bench.table: recipes side by side on one model, as the table of docs/quality.md.
+
+    python -m compress.eval.bench.table --model ../shared/yardstick/llama-16m --calibration ../shared/yardstick/wikitext2-valid.txt \\
+        --evaluation ../shared/yardstick/wikitext2-test.txt ../shared/yardstick/ptb-test.txt --recipes w4-gptq w4-balanced w4-rtn:rtn.bits=3
+
+Every recipe runs in a fresh process, as a user would type it; options follow its name after a colon. Rows are printed, and added to `--markdown FILE`,
+as soon as they are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import compress
+
+
+def row(recipe: str, a: argparse.Namespace, folder: Path) -> str:
+    name, *settings = recipe.split(":")
+    out, report = folder / recipe.replace("/", "-"), folder / "report.json"
+    subprocess.run([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", f"file:{a.calibration}", "--samples",
+                    str(a.samples), "--seqlen", str(a.seqlen), "--json", str(report), *(f"--set={s}" for s in settings)], check=True, capture_output=True)  # fmt: skip
+    made = json.loads(report.read_text())
+    cells = [f"`{recipe}`"]
+    for text, windows in zip(a.evaluation, a.windows, strict=True):
+        e = compress.evaluate(str(out), a.model, f"file:{text}", samples=windows, seqlen=a.seqlen, show=False)
+        cells.append(f"{e['perplexity']['token']:.3f} · {e['kl']['mean']:.5f} ± {e['kl']['stderr']:.5f} · {e['top1']['agreement']:.4f}")
+    cells[1:1] = [f"{e['bits_per_weight']['linear']:.2f}"]
+    return "| " + " | ".join([*cells, f"{made['seconds']:.0f}", f"{made['peak_rss'] / 1e6:.0f}"]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True, nargs="+")
+    parser.add_argument("--recipes", required=True, nargs="+", help="NAME or NAME:METHOD.OPTION=VALUE[:…]")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--windows", type=int, nargs="+", default=[192, 64], help="evaluation windows, one number a text")
+    parser.add_argument("--markdown", type=Path)
+    a = parser.parse_args()
+    texts = [f"{Path(t).stem}, {n} windows: perplexity · KL · top-1" for t, n in zip(a.evaluation, a.windows, strict=True)]
+    lines = ["| recipe | bits | " + " | ".join(texts) + " | seconds | peak RSS, MB |", "|---" * (len(texts) + 4) + "|"]
+    with tempfile.TemporaryDirectory() as folder:
+        for line in (*lines, *(row(recipe, a, Path(folder)) for recipe in a.recipes)):
+            print(line, flush=True)
+            if a.markdown:
+                with open(a.markdown, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
