@@ -1,4 +1,4 @@
-"""The verbs, for notebooks and scripts: plan, run, evaluate, inspect, verify, load. The command line calls these and prints what they return."""
+"""The verbs, for notebooks and scripts: plan, run, evaluate, inspect, verify, load, export. The command line calls these and prints what they return."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from .calibration.data import CalibrationSet, load_calibration
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .errors import CompressError
 from .eval import compare as _compare
+from .export import Exported
+from .export import write as _export
 from .linear import CompressedLinear
 from .preflight import Plan
 from .stream import Stream
@@ -205,6 +207,22 @@ def inspect(path: str) -> Manifest:
 def verify(path: str, *, trust_remote_code: bool = False) -> Verification:
     """Check an artifact in this process; `compress verify` is the same in a fresh one."""
     return verification.verify(resolve(path), trust_remote_code=trust_remote_code)
+
+
+def export(path: str, to: str, output: str | Path, *, base_model: str | None = None, evaluation: str | Path | dict | None = None,
+           trust_remote_code: bool = False) -> Exported:  # fmt: skip
+    """Write an artifact in the layout of another program (compress/export/), exact codes and scales, with a model card.
+
+    base_model: the original's hub id, for the card. evaluation: what `compress eval --json` wrote, for its table.
+    Raises CompressError naming every layer that the format cannot express, and what could be, before anything is written.
+    """
+    if isinstance(evaluation, str | Path):
+        try:
+            evaluation = json.loads(Path(evaluation).read_text())
+            evaluation["perplexity"]["token"], evaluation["windows"], evaluation["tokens"], evaluation["data"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CompressError(f"{evaluation}: not what `compress eval --json` writes ({error})") from error
+    return _export(resolve(path), to, Path(output), base_model=base_model, evaluation=evaluation, trust_remote_code=trust_remote_code)
 
 
 # ---- small print

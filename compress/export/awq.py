@@ -1,0 +1,64 @@
+"""AWQ, gemm layout: what AutoAWQ made and vLLM, SGLang, transformers (through GPTQModel) read (arXiv 2306.00978, github.com/casper-hansen/AutoAWQ).
+
+A linear is qweight int32 [in, out/8] and qzeros int32 [groups, out/8], eight 4-bit values a word along out in the order 0 2 4 6 1 3 5 7, and
+scales fp16 [groups, out]. The method that gave it its name is not needed: any 4-bit grid with one group size for the whole model fits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CompressError
+from ..formats import Format, IntGroup, packing
+from .base import Refusal, SafetensorsExport, Source, fused_refusals, half_scales, integer_refusal, integers, schemes
+
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+class AWQ(SafetensorsExport):
+    def refusals(self, source: Source) -> list[Refusal]:
+        refused = [r for name in source.layers if (r := self._refusal(name, source.peek(name), source))]
+        if refused:
+            return refused
+        found = schemes(source)
+        sizes = [s.group_size for s in found.values()]
+        usual = max(sizes, key=sizes.count)
+        return [Refusal(name, f"group size {s.group_size}, most layers have {usual}, and awq has one for the model", f"{{bits: 4, group_size: {usual}}}")
+                for name, s in found.items() if s.group_size != usual] or fused_refusals(source, found)  # fmt: skip
+
+    @staticmethod
+    def _refusal(layer: str, weight: Format, source: Source) -> Refusal | None:
+        if refused := integer_refusal(layer, weight, "awq", (4,)):
+            return refused
+        assert isinstance(weight, IntGroup)
+        if layer in source.transposed:
+            return Refusal(layer, "a Conv1D, and awq knows Linear only", "--to gptq or --to dense")
+        if weight.shape[0] % 8:
+            return Refusal(layer, f"{weight.shape[0]} outputs are not a multiple of 8, which packing into 32-bit words needs", "--to compressed-tensors")
+        if half_scales(weight) is None:
+            return Refusal(layer, "scales that fp16 cannot hold exactly", "--to compressed-tensors, or a larger group_size")
+        return None
+
+    def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
+        assert isinstance(weight, IntGroup)
+        codes, zeros = integers(weight)
+        return {"qweight": _pack(codes.T), "qzeros": _pack(zeros.T), "scales": half_scales(weight).T}
+
+    def config(self, source: Source) -> dict:
+        if source.model_dtype != torch.float16:
+            source.note("scales stored as fp16", f"{len(source.layers)} layers", f"exactly the {str(source.model_dtype)[6:]} scales: every value was checked")
+        return {"quant_method": "awq", "bits": 4, "group_size": next(iter(schemes(source).values())).group_size, "zero_point": True, "version": "gemm",
+                "modules_to_not_convert": source.kept}  # fmt: skip
+
+    def load_line(self, name: str) -> str:
+        return f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # pip install gptqmodel'
+
+    # ---- and back
+
+    suffixes = ("qweight", "qzeros", "scales")
+
+
+def _pack(values: Tensor) -> Tensor:
+    """uint8 [rows, n] below 16 → int32 [rows, n/8]."""
+    return packing.pack_rows(values.reshape(len(values), -1, 8)[:, :, ORDER].reshape(values.shape), 4)
