@@ -9,16 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
-from .base import Refusal, SafetensorsExport, Source, fused_refusals, half_scales, integer_refusal, integers, schemes
+from .base import Refusal, SafetensorsExport, Source, fused_refusals, half_scales, integer_refusal, integers, linear_refusal, schemes
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 class AWQ(SafetensorsExport):
     def refusals(self, source: Source) -> list[Refusal]:
-        refused = [r for name in source.layers if (r := self._refusal(name, source.peek(name), source))]
+        refused = [r for name in source.layers if (r := linear_refusal(name, source, "awq") or self._refusal(name, source.peek(name)))]
         if refused:
             return refused
         found = schemes(source)
@@ -28,12 +27,10 @@ class AWQ(SafetensorsExport):
                 for name, s in found.items() if s.group_size != usual] or fused_refusals(source, found)  # fmt: skip
 
     @staticmethod
-    def _refusal(layer: str, weight: Format, source: Source) -> Refusal | None:
+    def _refusal(layer: str, weight: Format) -> Refusal | None:
         if refused := integer_refusal(layer, weight, "awq", (4,)):
             return refused
         assert isinstance(weight, IntGroup)
-        if layer in source.transposed:
-            return Refusal(layer, "a Conv1D, and awq knows Linear only", "--to gptq or --to dense")
         if weight.shape[0] % 8:
             return Refusal(layer, f"{weight.shape[0]} outputs are not a multiple of 8, which packing into 32-bit words needs", "--to compressed-tensors")
         if half_scales(weight) is None:
@@ -53,10 +50,6 @@ class AWQ(SafetensorsExport):
 
     def load_line(self, name: str) -> str:
         return f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # pip install gptqmodel'
-
-    # ---- and back
-
-    suffixes = ("qweight", "qzeros", "scales")
 
 
 def _pack(values: Tensor) -> Tensor:

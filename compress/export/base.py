@@ -101,13 +101,19 @@ class Source(ArtifactCheckpoint):
         return {name for name, module in self.model.named_modules() if isinstance(module, Conv1D)}
 
     @cached_property
+    def experts(self) -> set[str]:
+        """Layers that transformers 5 keeps inside 3-D parameters, one matrix an expert."""
+        fused = tuple(f"{name}." for name in fused_experts(self.model))
+        return {layer for layer in self.layers if fused and layer.startswith(fused)}
+
+    @cached_property
     def kept(self) -> list[str]:
-        """Linears of the checkpoint that were not compressed, the head and tensors unknown to the model class among them."""
+        """Linears that were not compressed, the head and what the model class does not know among them, by every name that a loader may use."""
         embeddings = {name for name, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
         found = {name for name, m in self.model.named_modules() if isinstance(m, nn.Linear) and name not in self.layers}
         found |= {name.removesuffix(".weight") for name, t in self.manifest.tensors.items()
                   if name.endswith(".weight") and len(t.shape) == 2 and name.removesuffix(".weight") not in embeddings}  # fmt: skip
-        return sorted({m for name in found for m in self.modules(name)})
+        return sorted(found | {m for name in found for m in self.modules(name)})
 
     # ---- tensors
 
@@ -238,6 +244,15 @@ def integer_refusal(layer: str, weight: Format, to: str, bits: tuple[int, ...]) 
         return Refusal(layer, f"{s.bits} bits, {to} has {', '.join(map(str, bits))}", replace(s, bits=nearest).recipe)
     if s.bits == 1:
         return Refusal(layer, "one symmetric bit stands for ±½ and has no integer zero point", replace(s, bits=2).recipe)
+    return None
+
+
+def linear_refusal(layer: str, source: Source, to: str) -> Refusal | None:
+    """Is it a linear that transformers replaces by the consumer's own? Others it leaves random, with a warning at most (5.23, gptqmodel 7.7)."""
+    if layer in source.transposed:
+        return Refusal(layer, f"a Conv1D, which no loader of {to} replaces", "--to dense")
+    if layer in source.experts:
+        return Refusal(layer, f"an expert: transformers 5 leaves the experts of a {to} checkpoint random", "--to compressed-tensors")
     return None
 
 

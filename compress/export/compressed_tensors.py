@@ -2,7 +2,7 @@
 
 A linear is weight_packed int32 [out, ceil(in·b/32)], weight_scale [out, groups], weight_shape int64 [2] and, asymmetric, weight_zero_point
 int32 [ceil(out·b/32), groups], packed along out. Their signed code is ours minus 2^(b−1), and they store it plus 2^(b−1): the packed words are
-ours, bit for bit. Widths other than 1, 2, 4 and 8 are dense streams since compressed-tensors 0.17; earlier ones left bits of each word unused.
+ours, bit for bit. Widths of 3, 5, 6 and 7 bits are dense streams in compressed-tensors 0.19; 0.17 and earlier left bits of each word unused and cannot read them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
 from .base import Refusal, SafetensorsExport, Scheme, Source, fused_refusals, integer_refusal, integers, schemes, wide_scales
 
@@ -18,7 +17,7 @@ from .base import Refusal, SafetensorsExport, Scheme, Source, fused_refusals, in
 class CompressedTensors(SafetensorsExport):
     def refusals(self, source: Source) -> list[Refusal]:
         found = [integer_refusal(name, source.peek(name), "compressed-tensors", tuple(range(1, 9))) for name in source.layers]
-        found += [Refusal(name, "a Conv1D, and compressed-tensors knows Linear only", "--to gptq or --to dense")
+        found += [Refusal(name, "a Conv1D, which no loader of compressed-tensors replaces", "--to dense")
                   for name in source.layers if name in source.transposed]  # fmt: skip
         return [r for r in found if r] or fused_refusals(source, schemes(source))
 
@@ -37,7 +36,7 @@ class CompressedTensors(SafetensorsExport):
             groups.setdefault(s, []).extend(source.modules(layer))
         for s in groups:
             if s.bits not in (4, 8):
-                source.note("vLLM has no kernel", str(s), "its weight-only kernels take 4 and 8 bits; transformers decompresses every width")
+                source.note("vLLM has no kernel", str(s), "its weight-only kernels take 4 and 8 bits; transformers with compressed-tensors 0.19 reads all")
         return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": source.kept,
                 "config_groups": {f"group_{i}": self._group(s, ["Linear"] if len(groups) == 1 else names)
                                   for i, (s, names) in enumerate(groups.items())}}  # fmt: skip
@@ -50,8 +49,6 @@ class CompressedTensors(SafetensorsExport):
         return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
 
     def load_line(self, name: str) -> str:
-        return f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # pip install compressed-tensors'
-
-    # ---- and back
-
-    suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+        # dequantize=True: transformers 5.23 with compressed-tensors 0.20 expects packed zero points unpacked and refuses asymmetric grids without it
+        return (f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", '
+                "quantization_config=CompressedTensorsConfig(dequantize=True))  # pip install compressed-tensors")  # fmt: skip

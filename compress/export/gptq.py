@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
 from ..version import __version__
-from .base import FUSED, Refusal, SafetensorsExport, Source, fused_refusals, integer_refusal, integers, scheme, schemes, wide_scales
+from .base import FUSED, Refusal, SafetensorsExport, Source, fused_refusals, integer_refusal, integers, linear_refusal, scheme, schemes, wide_scales
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class GPTQ(SafetensorsExport):
     version: int
 
     def refusals(self, source: Source) -> list[Refusal]:
-        return [r for name in source.layers if (r := self._refusal(name, source.peek(name)))] or fused_refusals(source, schemes(source))
+        return [r for name in source.layers if (r := linear_refusal(name, source, "gptq") or self._refusal(name, source.peek(name)))] or fused_refusals(source, schemes(source))
 
     def _refusal(self, layer: str, weight: Format) -> Refusal | None:
         if refused := integer_refusal(layer, weight, "gptq", (2, 3, 4, 8)):
@@ -35,8 +34,8 @@ class GPTQ(SafetensorsExport):
         if n % 32 or out % 32:
             return Refusal(layer, f"{out}×{n} is not a multiple of 32 both ways, which packing into 32-bit words needs", "--to compressed-tensors")
         if self.version == 1 and weight.zeros is not None:
-            return Refusal(layer, "zero points: version 1 stores z − 1, and loaders refuse or wrap asymmetric grids", f"sym: true in {scheme(weight).recipe}, "
-                           "or --to gptq-v2")  # fmt: skip
+            return Refusal(layer, "zero points: version 1 stores z − 1, and loaders refuse or wrap asymmetric grids",
+                           f"{replace(scheme(weight), sym=True).recipe}, or --to gptq-v2")  # fmt: skip
         return None
 
     def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
@@ -58,11 +57,6 @@ class GPTQ(SafetensorsExport):
 
     def load_line(self, name: str) -> str:
         return f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # pip install gptqmodel optimum'
-
-    # ---- and back
-
-    suffixes = ("qweight", "qzeros", "scales", "g_idx")
-
 
 def _patterns(module: str) -> list[str]:
     """A module by its own name, and by the name that a server gives the matrix that it is part of."""
