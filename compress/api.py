@@ -216,13 +216,13 @@ def export(path: str, to: str, output: str | Path, *, base_model: str | None = N
     base_model: the original's hub id, for the card. evaluation: what `compress eval --json` wrote, for its table.
     Raises CompressError naming every layer that the format cannot express, and what could be, before anything is written.
     """
-    if isinstance(evaluation, str | Path):
-        try:
-            evaluation = json.loads(Path(evaluation).read_text())
-            evaluation["perplexity"]["token"], evaluation["windows"], evaluation["tokens"], evaluation["data"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CompressError(f"{evaluation}: not what `compress eval --json` writes ({error})") from error
-    return _export(resolve(path), to, Path(output), base_model=base_model, evaluation=evaluation, trust_remote_code=trust_remote_code)
+    try:
+        table = json.loads(Path(evaluation).read_text()) if isinstance(evaluation, str | Path) else evaluation
+        if table is not None:
+            table["perplexity"]["token"], table["windows"], table["tokens"], table["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompressError(f"{evaluation}: not what `compress eval --json` writes ({error})") from error
+    return _export(resolve(path), to, Path(output), base_model=base_model, evaluation=table, trust_remote_code=trust_remote_code)
 
 
 # ---- small print

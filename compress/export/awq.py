@@ -6,11 +6,13 @@ scales fp16 [groups, out]. The method that gave it its name is not needed: any 4
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from ..formats import Format, IntGroup, packing
-from .base import Refusal, SafetensorsExport, Source, fused_refusals, half_scales, integer_refusal, integers, linear_refusal, schemes
+from .base import Refusal, SafetensorsExport, Source, fits_half, fused_refusals, integer_refusal, integers, linear_refusal, schemes, uniform_refusals
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -18,13 +20,8 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 class AWQ(SafetensorsExport):
     def refusals(self, source: Source) -> list[Refusal]:
         refused = [r for name in source.layers if (r := linear_refusal(name, source, "awq") or self._refusal(name, source.peek(name)))]
-        if refused:
-            return refused
-        found = schemes(source)
-        sizes = [s.group_size for s in found.values()]
-        usual = max(sizes, key=sizes.count)
-        return [Refusal(name, f"group size {s.group_size}, most layers have {usual}, and awq has one for the model", f"{{bits: 4, group_size: {usual}}}")
-                for name, s in found.items() if s.group_size != usual] or fused_refusals(source, found)  # fmt: skip
+        found = {} if refused else {name: replace(s, sym=False) for name, s in schemes(source).items()}  # symmetric ones get the zero point 8
+        return refused or uniform_refusals(found, "awq") or fused_refusals(source, found)
 
     @staticmethod
     def _refusal(layer: str, weight: Format) -> Refusal | None:
@@ -33,14 +30,14 @@ class AWQ(SafetensorsExport):
         assert isinstance(weight, IntGroup)
         if weight.shape[0] % 8:
             return Refusal(layer, f"{weight.shape[0]} outputs are not a multiple of 8, which packing into 32-bit words needs", "--to compressed-tensors")
-        if half_scales(weight) is None:
+        if not fits_half(weight.scales):
             return Refusal(layer, "scales that fp16 cannot hold exactly", "--to compressed-tensors, or a larger group_size")
         return None
 
     def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
         assert isinstance(weight, IntGroup)
         codes, zeros = integers(weight)
-        return {"qweight": _pack(codes.T), "qzeros": _pack(zeros.T), "scales": half_scales(weight).T}
+        return {"qweight": _pack(codes.T), "qzeros": _pack(zeros.T), "scales": weight.scales.half().T}
 
     def config(self, source: Source) -> dict:
         if source.model_dtype != torch.float16:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from ..artifact import INDEX, PROBE, Fallback, Manifest, read_manifest, sha256, write_json
+from ..artifact import INDEX, PROBE, Fallback, read_manifest, sha256, write_json
 from ..errors import CompressError
 from ..experts import fused_experts
 from ..formats import Dense, Format, IntGroup, build
@@ -170,7 +170,8 @@ class SafetensorsExport(Export):
 
     def write(self, source: Source, folder: Path) -> None:
         count = len({t.shard for t in source.manifest.tensors.values()} - {PROBE})
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for i, (tensors, layers) in enumerate(source.shards(), 1):
             made: dict[str, Tensor] = {}
             for layer in layers:
@@ -267,10 +268,16 @@ def wide_scales(source: Source, weight: IntGroup) -> Tensor:
     return weight.scales.to(torch.promote_types(weight.scales.dtype, source.model_dtype))
 
 
-def half_scales(weight: IntGroup) -> Tensor | None:
-    """Scales as fp16, None where fp16 cannot hold one exactly (bf16 below 2⁻¹⁷ or above 65504)."""
-    half = weight.scales.half()
-    return half if torch.equal(half.float(), weight.scales.float()) else None
+def fits_half(values: Tensor) -> bool:
+    """Does fp16 hold every value exactly? It holds bf16 ones from 2⁻¹⁷ to 65504."""
+    return torch.equal(values.half().float(), values.float())
+
+
+def uniform_refusals(found: dict[str, Scheme], to: str) -> list[Refusal]:
+    """Layers whose scheme is not that of most: for formats whose configuration names one for the whole model."""
+    usual = Counter(found.values()).most_common(1)[0][0] if found else None
+    return [Refusal(name, f"{s}, most layers are {usual}, and loaders of {to} take one scheme", f"{usual.recipe} for all, or --to compressed-tensors")
+            for name, s in found.items() if usual and s != usual]  # fmt: skip
 
 
 def fused_refusals(source: Source, found: dict[str, Scheme]) -> list[Refusal]:

@@ -2,24 +2,37 @@
 
 A linear is weight_packed int32 [out, ceil(in·b/32)], weight_scale [out, groups], weight_shape int64 [2] and, asymmetric, weight_zero_point
 int32 [ceil(out·b/32), groups], packed along out. Their signed code is ours minus 2^(b−1), and they store it plus 2^(b−1): the packed words are
-ours, bit for bit. Widths of 3, 5, 6 and 7 bits are dense streams in compressed-tensors 0.19; 0.17 and earlier left bits of each word unused and cannot read them.
+ours, bit for bit. Widths of 3, 5, 6 and 7 bits are dense
+streams in compressed-tensors 0.19; 0.17 and earlier left bits of each word unused and cannot read these.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..formats import Format, IntGroup, packing
-from .base import Refusal, SafetensorsExport, Scheme, Source, fused_refusals, integer_refusal, integers, schemes, wide_scales
+from .base import Refusal, SafetensorsExport, Scheme, Source, fused_refusals, integer_refusal, integers, scheme, schemes, wide_scales
 
 
 class CompressedTensors(SafetensorsExport):
     def refusals(self, source: Source) -> list[Refusal]:
-        found = [integer_refusal(name, source.peek(name), "compressed-tensors", tuple(range(1, 9))) for name in source.layers]
-        found += [Refusal(name, "a Conv1D, which no loader of compressed-tensors replaces", "--to dense")
-                  for name in source.layers if name in source.transposed]  # fmt: skip
-        return [r for r in found if r] or fused_refusals(source, schemes(source))
+        return [r for name in source.layers if (r := self._refusal(name, source))] or fused_refusals(source, schemes(source))
+
+    @staticmethod
+    def _refusal(layer: str, source: Source) -> Refusal | None:
+        weight = source.peek(layer)
+        if refused := integer_refusal(layer, weight, "compressed-tensors", tuple(range(1, 9))):
+            return refused
+        assert isinstance(weight, IntGroup)
+        if layer in source.transposed:
+            return Refusal(layer, "a Conv1D, which no loader of compressed-tensors replaces", "--to dense")
+        if layer in source.experts and weight.zeros is not None:
+            return Refusal(layer, "an expert with zero points, which transformers cannot unpack (huggingface/transformers#47430)",
+                           replace(scheme(weight), sym=True).recipe)  # fmt: skip
+        return None
 
     def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
         assert isinstance(weight, IntGroup)
@@ -37,6 +50,10 @@ class CompressedTensors(SafetensorsExport):
         for s in groups:
             if s.bits not in (4, 8):
                 source.note("vLLM has no kernel", str(s), "its weight-only kernels take 4 and 8 bits; transformers with compressed-tensors 0.19 reads all")
+        if not all(s.sym for s in groups):
+            source.note("transformers 5.23 with compressed-tensors 0.20 expects zero points unpacked", "asymmetric layers",
+                        "load with quantization_config=CompressedTensorsConfig(dequantize=True)" if len(groups) == 1 else
+                        "with more than one scheme it cannot; transformers 5.17 with compressed-tensors 0.19 can")  # fmt: skip
         return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": source.kept,
                 "config_groups": {f"group_{i}": self._group(s, ["Linear"] if len(groups) == 1 else names)
                                   for i, (s, names) in enumerate(groups.items())}}  # fmt: skip
@@ -49,6 +66,4 @@ class CompressedTensors(SafetensorsExport):
         return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None, "format": "pack-quantized"}
 
     def load_line(self, name: str) -> str:
-        # dequantize=True: transformers 5.23 with compressed-tensors 0.20 expects packed zero points unpacked and refuses asymmetric grids without it
-        return (f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto", '
-                "quantization_config=CompressedTensorsConfig(dequantize=True))  # pip install compressed-tensors")  # fmt: skip
+        return f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # pip install compressed-tensors'

@@ -8,7 +8,6 @@ only; version 2 (checkpoint_format gptq_v2) stores z. Act-order needs no g_idx h
 from __future__ import annotations
 
 import re
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..formats import Format, IntGroup, packing
 from ..version import __version__
-from .base import FUSED, Refusal, SafetensorsExport, Source, fused_refusals, integer_refusal, integers, linear_refusal, scheme, schemes, wide_scales
+from .base import Refusal, SafetensorsExport, Source, fused_refusals, integer_refusal, integers, linear_refusal, scheme, schemes, uniform_refusals, wide_scales
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,8 @@ class GPTQ(SafetensorsExport):
     version: int
 
     def refusals(self, source: Source) -> list[Refusal]:
-        return [r for name in source.layers if (r := linear_refusal(name, source, "gptq") or self._refusal(name, source.peek(name)))] or fused_refusals(source, schemes(source))
+        refused = [r for name in source.layers if (r := linear_refusal(name, source, "gptq") or self._refusal(name, source.peek(name)))]
+        return refused or uniform_refusals(found := schemes(source), "gptq") or fused_refusals(source, found)
 
     def _refusal(self, layer: str, weight: Format) -> Refusal | None:
         if refused := integer_refusal(layer, weight, "gptq", (2, 3, 4, 8)):
@@ -46,19 +46,15 @@ class GPTQ(SafetensorsExport):
                 "scales": wide_scales(source, weight).T, "g_idx": torch.arange(n, dtype=torch.int32) // weight.group_size}  # fmt: skip
 
     def config(self, source: Source) -> dict:
-        found = schemes(source)
-        base = Counter(found.values()).most_common(1)[0][0]
-        if not all(s.sym and s.bits in (4, 8) for s in found.values()):
-            source.note("vLLM has no kernel", "asymmetric or other than 4 and 8 bits", "its GPTQ kernels are symmetric 4 and 8 bits; GPTQModel loads all")
-        dynamic: dict[str, dict] = {f"-:^{pattern}$": {} for name in source.kept if name.startswith(source.blocks_path + ".") for pattern in _patterns(name)}
-        dynamic |= {f"+:^{pattern}$": asdict(s) for layer, s in found.items() if s != base for m in source.modules(layer) for pattern in _patterns(m)}
-        return {"quant_method": "gptq", **asdict(base), "desc_act": False, "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
-                "pack_dtype": "int32", "lm_head": False, "dynamic": dynamic, "meta": {"quantizer": [f"compress:{__version__}"]}}  # fmt: skip
+        s = next(iter(schemes(source).values()))
+        if not s.sym or s.bits not in (4, 8):
+            source.note("vLLM has no kernel", str(s), "its GPTQ kernels are symmetric, 4 and 8 bits; GPTQModel and transformers load this")
+        config = {"quant_method": "gptq", **asdict(s), "desc_act": False, "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
+                  "pack_dtype": "int32", "lm_head": False, "meta": {"quantizer": [f"compress:{__version__}"]}}  # fmt: skip
+        if kept := [name for name in source.kept if name.startswith(source.blocks_path + ".")]:  # transformers and vLLM read the first, GPTQModel the second
+            config["modules_in_block_to_quantize"] = [[m for layer in source.layers for m in source.modules(layer)]]
+            config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in kept}
+        return config
 
     def load_line(self, name: str) -> str:
         return f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # pip install gptqmodel optimum'
-
-def _patterns(module: str) -> list[str]:
-    """A module by its own name, and by the name that a server gives the matrix that it is part of."""
-    parent, _, leaf = module.rpartition(".")
-    return [re.escape(module), *(re.escape(f"{parent}.{whole}") for whole, parts in FUSED.items() if leaf in parts)]
