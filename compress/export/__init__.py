@@ -24,10 +24,11 @@ from .base import Export, Refusal, Source
 from .card import card
 from .compressed_tensors import CompressedTensors
 from .dense import Dense
+from .gguf import GGUF
 from .gptq import GPTQ
 
 EXPORTS: dict[str, Export] = {
-    "dense": Dense(), "compressed-tensors": CompressedTensors(), "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(),
+    "dense": Dense(), "compressed-tensors": CompressedTensors(), "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(), "gguf": GGUF(),
 }  # fmt: skip
 
 
