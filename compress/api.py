@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from . import artifact, preflight, progress, verification
+from . import artifact, importing, preflight, progress, verification
 from . import recipe as _recipe
 from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, read_manifest
 from .calibration.data import CalibrationSet, load_calibration
@@ -207,6 +207,24 @@ def inspect(path: str) -> Manifest:
 def verify(path: str, *, trust_remote_code: bool = False) -> Verification:
     """Check an artifact in this process; `compress verify` is the same in a fresh one."""
     return verification.verify(resolve(path), trust_remote_code=trust_remote_code)
+
+
+def import_checkpoint(model: str, output: str | Path, *, dtype: str = "auto", overwrite: bool = False, trust_remote_code: bool = False) -> Report:
+    """An artifact from a checkpoint that GPTQ, AWQ or compressed-tensors quantized: the same codes and scales, nothing rounded again.
+
+    It can be evaluated, verified, run and exported like one of `run`; its layers' errors are 0, for the original weights are not there to compare.
+    """
+    started = time.perf_counter()
+    source = importing.Packed(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code)
+    identity = {"source": source.digest(), "recipe": {"name": f"import-{source.method}", "steps": []}, "calibration": None, "seed": 0,
+                "dtype": str(source.dtype)[6:], "device": "cpu", "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
+    writer = Writer(Path(output), identity, overwrite=overwrite)
+    try:
+        tokens = torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        manifest = read_manifest(Path(output)) if writer.complete else importing.write(source, writer, Stream(source, tokens), PROBE_KEPT)
+    finally:
+        writer.close()
+    return Report(str(output), manifest, time.perf_counter() - started, 0, _peak_rss())
 
 
 def export(path: str, to: str, output: str | Path, *, base_model: str | None = None, evaluation: str | Path | dict | None = None,

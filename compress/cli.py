@@ -215,6 +215,20 @@ def export(path: Artifact, to: Annotated[str, typer.Option(help=", ".join(EXPORT
     save(json_, result.to_json())
 
 
+@app.command(name="import")
+def import_(model: Annotated[str, typer.Argument(help="A checkpoint quantized by GPTQ, AWQ or compressed-tensors")],
+            output: Annotated[str, typer.Option("--output", "-o", help="Folder of the artifact")], dtype: DType = "auto",
+            overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
+            trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Make an artifact of a checkpoint that another program quantized: exact codes, nothing rounded again.
+
+    compress import TheBloke/Llama-2-7B-GPTQ -o imported
+    """
+    report = api.import_checkpoint(model, output, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    out.print(str(report), highlight=False, soft_wrap=True)
+    save(json_, report.to_json())
+
+
 @app.command(name="demo")
 def demo_(output: Annotated[str, typer.Option("--output", "-o", help="Where the artifact goes")] = "out/demo", recipe: RecipeName = "w4-gptq",
           json_: Json = None) -> None:  # fmt: skip

@@ -68,7 +68,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
             for done, weight in _compress_block(source, recipe, block, i, stream, probe, fallbacks):
                 layers[done.name], formats[done.name.removeprefix(name + ".")] = done.record, weight
                 yield done
-            header = writer.commit(shard, _tensors(block, name, formats), layers, fallbacks)
+            header = writer.commit(shard, block_tensors(block, name, formats), layers, fallbacks)
         headers[shard] = header
         if stream is not None and i + 1 < source.num_blocks:
             stream.advance(block)
@@ -171,7 +171,7 @@ def _options(method) -> dict:
     return {f.name: getattr(method, f.name) for f in fields(method)}
 
 
-def _tensors(block: nn.Module, name: str, formats: dict[str, Format]) -> dict[str, Tensor]:
+def block_tensors(block: nn.Module, name: str, formats: dict[str, Format]) -> dict[str, Tensor]:
     """What a block's shard holds: Format tensors for the compressed linears, everything else in the dtype it was stored in."""
     tensors = {f"{name}.{path}.{key}": t for path, weight in formats.items() for key, t in weight.tensors().items()}
     for local, value in block.state_dict().items():

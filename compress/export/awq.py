@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
 from .base import Refusal, SafetensorsExport, Source, fits_half, fused_refusals, integer_refusal, integers, linear_refusal, schemes, uniform_refusals
 
@@ -52,3 +53,21 @@ class AWQ(SafetensorsExport):
 def _pack(values: Tensor) -> Tensor:
     """uint8 [rows, n] below 16 → int32 [rows, n/8]."""
     return packing.pack_rows(values.reshape(len(values), -1, 8)[:, :, ORDER].reshape(values.shape), 4)
+
+
+# ---- and back
+
+SUFFIXES = ("qweight", "qzeros", "scales")
+
+
+def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup:
+    """A stored linear as our integer grid: the same codes, scales and zero points."""
+    if config.get("version", "gemm").lower() != "gemm":
+        raise CompressError(f"{where}: awq of layout {config['version']}; only gemm can be read")
+    return IntGroup.pack(_unpack(tensors["qweight"]).T, tensors["scales"].T.contiguous(), _unpack(tensors["qzeros"]).T, 4)
+
+
+def _unpack(words: Tensor) -> Tensor:
+    """The inverse of _pack."""
+    values = packing.unpack_rows(words, 8 * words.shape[1], 4)
+    return values.view(len(values), -1, 8)[:, :, torch.tensor(ORDER).argsort()].reshape(values.shape)

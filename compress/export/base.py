@@ -55,7 +55,8 @@ class Source(ArtifactCheckpoint):
     @cached_property
     def model_dtype(self) -> torch.dtype:
         """What config.json says the model computes in; scales are never stored narrower."""
-        return self.config.dtype or self.stored_dtype
+        raw = self.config_json()  # not self.config: building a skeleton in another dtype writes that one there
+        return getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or str(self.stored_dtype)[6:])
 
     def config_json(self) -> dict:
         return {k: v for k, v in json.loads((self.path / "config.json").read_text()).items() if k != "quantization_config"}

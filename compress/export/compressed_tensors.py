@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
 from .base import Refusal, SafetensorsExport, Scheme, Source, fused_refusals, integer_refusal, integers, scheme, schemes, wide_scales
 
@@ -67,3 +68,23 @@ class CompressedTensors(SafetensorsExport):
 
     def load_line(self, name: str) -> str:
         return f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # pip install compressed-tensors'
+
+
+# ---- and back
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+
+
+def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup:
+    """A stored linear as our integer grid: the same codes, scales and zero points."""
+    (out, n), words, scales = tensors["weight_shape"].tolist(), tensors["weight_packed"], tensors["weight_scale"]
+    b = next((b for b in range(1, 9) if packing.packed_words(n, b) == words.shape[1]), 0) if words.dtype == torch.int32 else 0
+    groups = config.get("config_groups", {}).values()
+    if config.get("transform_config") or any(g.get("input_activations") for g in groups):
+        raise CompressError(f"{where}: its activations are quantized or transformed, which an artifact does not hold")
+    if b not in {g["weights"]["num_bits"] for g in groups}:
+        raise CompressError(f"{where}: {str(words.dtype)[6:]} {list(words.shape)} for {out}×{n} weights is no dense pack of 1 to 8 bits")
+    if "weight_g_idx" in tensors and not torch.equal(tensors["weight_g_idx"].long(), torch.arange(n) // (n // scales.shape[1])):
+        raise CompressError(f"{where}: act-order with a group index that is not contiguous; our groups are, and its codes cannot be carried over")
+    zeros = packing.unpack_rows(tensors["weight_zero_point"].T, out, b).T if "weight_zero_point" in tensors else None
+    return IntGroup.pack(packing.unpack_rows(words, n, b), scales, zeros, b)

@@ -61,6 +61,7 @@ class GGUF(Export):
             row = (*shape[:-1], shape[-1] // weights * size)
             writer.add_tensor_info(target, row, np.dtype(np.uint8), int(np.prod(row)), quant)
         if (factors := _rope_factors(source)) is not None:
+            source.note("rope scaling as rope_freqs.weight", "model.gguf", "llama.cpp reads it, transformers does not")
             writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
         _metadata(source, writer, gguf, Counter(t or FLOATS[source.model_dtype] for t in types.values()))
         writer.write_header_to_file()

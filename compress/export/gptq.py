@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
 from ..version import __version__
 from .base import Refusal, SafetensorsExport, Source, fused_refusals, integer_refusal, integers, linear_refusal, scheme, schemes, uniform_refusals, wide_scales
@@ -58,3 +59,22 @@ class GPTQ(SafetensorsExport):
 
     def load_line(self, name: str) -> str:
         return f'vllm serve {name}\nmodel = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # pip install gptqmodel optimum'
+
+
+# ---- and back
+
+SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup:
+    """A stored linear as our integer grid: the same codes, scales and zero points."""
+    out, groups = tensors["scales"].shape[1], tensors["scales"].shape[0]
+    b = 32 * tensors["qzeros"].shape[1] // out
+    n = 32 * tensors["qweight"].shape[0] // b
+    if "g_idx" in tensors and not torch.equal(tensors["g_idx"].long(), torch.arange(n) // (n // groups)):
+        raise CompressError(f"{where}: act-order with a group index that is not contiguous; our groups are, and its codes cannot be carried over")
+    zeros = packing.unpack_rows(tensors["qzeros"], out, b).T.int() + (config.get("checkpoint_format", "gptq") != "gptq_v2")
+    if int(zeros.max()) >= 2**b:
+        raise CompressError(f"{where}: a zero point of {2**b} after the 1 that version 1 adds; loaders disagree on what it means")
+    symmetric = config.get("sym", False) and bool((zeros == 2 ** (b - 1)).all())
+    return IntGroup.pack(packing.unpack_rows(tensors["qweight"].T, n, b), tensors["scales"].T.contiguous(), None if symmetric else zeros.to(torch.uint8), b)
