@@ -359,6 +359,14 @@ def consumed(out: Path, **options) -> torch.nn.Module:
     return model
 
 
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory) -> Path:
+    from compress.embedded import model_path
+    out = tmp_path_factory.mktemp("embedded") / "w4"
+    compress.run(str(model_path()), "w4-rtn", output=out, show=False)
+    return out
+
+
 class TestCompressedTensors:
     pytestmark = needs("compressed_tensors")
 
@@ -369,12 +377,12 @@ class TestCompressedTensors:
         artifact = made(name, torch.float32, **options)
         assert kl(consumed(export(artifact, "compressed-tensors", tmp_path / "out")[0]), artifact) < 1e-9
 
-    @pytest.mark.parametrize(("name", "bits"), [("qwen3", 4), ("opt", 5)])
-    def test_asymmetric(self, name, bits, made, tmp_path):
+    @pytest.mark.parametrize(("name", "bits"), [("qwen3", 4), ("opt", 5), ("embedded", 4)])
+    def test_asymmetric(self, name, bits, made, embedded, tmp_path):
         from transformers import CompressedTensorsConfig
-        artifact = made(name, torch.float32, bits=bits)
+        artifact = embedded if name == "embedded" else made(name, torch.float32, bits=bits)
         out, _ = export(artifact, "compressed-tensors", tmp_path / "out")
-        assert kl(consumed(out, quantization_config=CompressedTensorsConfig(dequantize=True)), artifact) < 1e-9
+        assert kl(consumed(out, quantization_config=CompressedTensorsConfig(dequantize=True)), artifact) < (1e-4 if name == "embedded" else 1e-9)
 
     def test_mixed_and_partly_kept(self, made, tmp_path):
         steps = [{"method": "rtn", "match": "*_attn*", "group_size": 32, "sym": True},
@@ -407,7 +415,6 @@ class TestGGUF:
     def wide_heads(self, monkeypatch):
         """transformers reads no head width of a qwen3 from GGUF and takes 128, that of all real ones."""
         monkeypatch.setitem(TINY, "qwen3_wide", lambda: CONFIG_MAPPING["qwen3"](**dict(LLAMA, head_dim=128)))
-        monkeypatch.setitem(TINY, "biased", lambda: CONFIG_MAPPING["llama"](**dict(LLAMA, attention_bias=True)))
 
     @pytest.mark.parametrize(("options", "kind"), [
         ({"bits": 4, "sym": True}, "Q4_0"), ({"bits": 4, "sym": "full"}, "Q4_0"), ({"bits": 2}, "Q4_0"), ({"bits": 4}, "Q5_0"),
@@ -430,23 +437,20 @@ class TestGGUF:
             np.testing.assert_array_equal(W, weight.dequantize(torch.bfloat16 if kind == "BF16" else torch.float32).float().numpy())
         assert kind in kinds and kinds <= {kind, "Q4_0", "Q5_0"}  # a layer whose zero points leave less to hold takes less
 
-    @pytest.mark.parametrize(("name", "options"), [("llama", {}), ("biased", {"sym": True}), ("qwen2", {"bits": 3}), ("qwen3_wide", {"bits": 6})])
+    @pytest.mark.parametrize(("name", "options"), [("llama", {}), ("qwen2", {"bits": 3}), ("qwen3_wide", {"bits": 6})])
     def test_transformers_loads_it(self, name, options, made, tmp_path):
         artifact = made(name, torch.float32, **options)
         compress.export(str(artifact), "gguf", tmp_path / "out")
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
         assert kl(model, artifact) < 1e-9
 
-    def test_the_tokenizer_comes_along(self, tmp_path):
+    def test_the_tokenizer_comes_along(self, embedded, tmp_path):
         from transformers import AutoTokenizer
-
-        from compress.embedded import model_path
-        compress.run(str(model_path()), "w4-rtn", output=tmp_path / "a", show=False)
-        report = compress.export(str(tmp_path / "a"), "gguf", tmp_path / "out")
+        report = compress.export(str(embedded), "gguf", tmp_path / "out")
         assert report.notes == []
         shutil.copytree(tmp_path / "out", tmp_path / "bare", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
         text = "def export(path):\n    return 'it\\'s 1234 tokens'  # übrig\n"
-        ours, theirs = AutoTokenizer.from_pretrained(tmp_path / "a"), AutoTokenizer.from_pretrained(tmp_path / "bare", gguf_file="model.gguf")
+        ours, theirs = AutoTokenizer.from_pretrained(embedded), AutoTokenizer.from_pretrained(tmp_path / "bare", gguf_file="model.gguf")
         assert ours(text).input_ids == theirs(text, add_special_tokens=False).input_ids
 
     def test_a_model_of_another_kind_is_refused(self, made, tmp_path):

@@ -184,8 +184,8 @@ def _tokenizer(source: Source, writer: Any, gguf: Any, vocabulary: int) -> None:
     ids |= {t["id"]: (t["content"], gguf.TokenType.CONTROL if t["special"] else gguf.TokenType.USER_DEFINED) for t in data.get("added_tokens", [])}
     stages = [data.get("pre_tokenizer") or {}]
     stages = [s for stage in stages for s in stage.get("pretokenizers", [stage])]
-    if not any(s.get("type") == "ByteLevel" for s in stages) or not ids or max(ids) >= vocabulary:
-        source.note("no tokenizer in the file", "model.gguf", "only byte-level BPE tokenizers are written; give llama.cpp token ids")
+    if not any(s.get("type") == "ByteLevel" for s in stages) or not data["model"].get("merges") or max(ids) >= vocabulary:
+        source.note("no tokenizer in the file", "model.gguf", "only byte-level BPE tokenizers with merges are written; give llama.cpp token ids")
         writer.add_tokenizer_model("none")
         return
     found = [s["pattern"].get("Regex") for s in stages if s.get("type") == "Split"] + [GPT2 for s in stages if s.get("use_regex")]
