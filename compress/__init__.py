@@ -12,12 +12,14 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import hf as _hf  # noqa: F401  registers the quantizer, so that AutoModelForCausalLM.from_pretrained(artifact) works
-from .api import Report, evaluate, inspect, load, plan, run, verify
+from .api import Report, evaluate, export, import_checkpoint, inspect, load, plan, run, verify
 from .errors import CompressError
 from .recipe import Recipe, Step
 from .version import __version__
 
-# The fifth verb shares its name with the folder eval/, whose modules are imported by now: `from compress.eval.compare import compare` still works.
+# Two verbs share their names with the folders eval/ and export/, whose modules are imported by now: `from compress.eval.compare import compare` still works.
 eval = evaluate
 
-__all__ = ["CompressError", "Recipe", "Report", "Step", "__version__", "eval", "evaluate", "inspect", "load", "plan", "run", "verify"]
+__all__ = [
+    "CompressError", "Recipe", "Report", "Step", "__version__", "eval", "evaluate", "export", "import_checkpoint", "inspect", "load", "plan", "run", "verify",
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The verbs, for notebooks and scripts: plan, run, evaluate, inspect, verify, load. The command line calls these and prints what they return."""
+"""The verbs, for notebooks and scripts: plan, run, evaluate, inspect, verify, load, export. The command line calls these and prints what they return."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from . import artifact, preflight, progress, verification
+from . import artifact, importing, preflight, progress, verification
 from . import distill as _distill
 from . import recipe as _recipe
 from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, read_manifest
@@ -28,6 +28,8 @@ from .calibration.guidance import token_weights
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .errors import CompressError
 from .eval import compare as _compare
+from .export import Exported
+from .export import write as _export
 from .linear import CompressedLinear
 from .preflight import Plan
 from .stream import Stream
@@ -219,6 +221,40 @@ def inspect(path: str) -> Manifest:
 def verify(path: str, *, trust_remote_code: bool = False) -> Verification:
     """Check an artifact in this process; `compress verify` is the same in a fresh one."""
     return verification.verify(resolve(path), trust_remote_code=trust_remote_code)
+
+
+def import_checkpoint(model: str, output: str | Path, *, dtype: str = "auto", overwrite: bool = False, trust_remote_code: bool = False) -> Report:
+    """An artifact from a checkpoint that GPTQ, AWQ or compressed-tensors quantized: the same codes and scales, nothing rounded again.
+
+    It can be evaluated, verified, run and exported like one of `run`; its layers' errors are 0, for the original weights are not there to compare.
+    """
+    started = time.perf_counter()
+    source = importing.Packed(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code)
+    identity = {"source": source.digest(), "recipe": {"name": f"import-{source.method}", "steps": []}, "calibration": None, "seed": 0,
+                "dtype": str(source.dtype)[6:], "device": "cpu", "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
+    writer = Writer(Path(output), identity, overwrite=overwrite)
+    try:
+        tokens = torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        manifest = read_manifest(Path(output)) if writer.complete else importing.write(source, writer, Stream(source, tokens), PROBE_KEPT)
+    finally:
+        writer.close()
+    return Report(str(output), manifest, time.perf_counter() - started, 0, _peak_rss())
+
+
+def export(path: str, to: str, output: str | Path, *, base_model: str | None = None, evaluation: str | Path | dict | None = None,
+           trust_remote_code: bool = False) -> Exported:  # fmt: skip
+    """Write an artifact in the layout of another program (compress/export/), exact codes and scales, with a model card.
+
+    base_model: the original's hub id, for the card. evaluation: what `compress eval --json` wrote, for its table.
+    Raises CompressError naming every layer that the format cannot express, and what could be, before anything is written.
+    """
+    try:
+        table = json.loads(Path(evaluation).read_text()) if isinstance(evaluation, str | Path) else evaluation
+        if table is not None:
+            table["perplexity"]["token"], table["windows"], table["tokens"], table["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CompressError(f"{evaluation}: not what `compress eval --json` writes ({error})") from error
+    return _export(resolve(path), to, Path(output), base_model=base_model, evaluation=table, trust_remote_code=trust_remote_code)
 
 
 # ---- small print

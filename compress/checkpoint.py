@@ -174,8 +174,12 @@ class Checkpoint:
     # ---- tensors
 
     def read_stored(self, key: str) -> Tensor:
-        """One stored tensor, in its stored dtype, copied out of the file (so that no mapping stays open)."""
-        file = self.path / self.entries[key].file
+        """One stored tensor, in its stored dtype."""
+        return self.read_from(self.entries[key].file, key)
+
+    def read_from(self, name: str, key: str) -> Tensor:
+        """One tensor copied out of a file (so that no mapping stays open)."""
+        file = self.path / name
         try:
             with safe_open(file, framework="pt") as f:
                 return f.get_tensor(key).clone()

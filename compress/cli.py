@@ -18,6 +18,7 @@ from . import api, demo, recipe
 from .artifact import PARTIAL
 from .calibration.data import SPECS
 from .errors import CompressError
+from .export import EXPORTS
 from .methods import describe
 from .scaling import BLOCKS
 from .version import __version__
@@ -197,6 +198,37 @@ def verify(path: Artifact, trust_remote_code: Remote = False, json_: Json = None
     if not result.ok:
         raise typer.Exit(1)
     out.print(f"{path}: {result.tensors} tensors, {size(result.bytes)}, all as written; KL to the model in memory {result.kl:.1e} nats", highlight=False)
+
+
+@app.command()
+def export(path: Artifact, to: Annotated[str, typer.Option(help=", ".join(EXPORTS))],
+           output: Annotated[str, typer.Option("--output", "-o", help="A new folder")],
+           base_model: Annotated[str | None, typer.Option(help="The original's hub id, for the model card")] = None,
+           evaluation: Annotated[str | None, typer.Option(help="What `eval --json` wrote, for the model card")] = None,
+           trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Write an artifact as another program reads it: exact codes and scales, or a refusal that names the layers.
+
+    compress export out --to compressed-tensors -o served --base-model Qwen/Qwen3-0.6B
+    """
+    result = api.export(path, to, output, base_model=base_model, evaluation=evaluation, trust_remote_code=trust_remote_code)
+    out.print(str(result), highlight=False, soft_wrap=True)
+    for n in result.notes:
+        out.print(f"note: {n.what}, {n.where}: {n.detail}", style="yellow", highlight=False, soft_wrap=True)
+    save(json_, result.to_json())
+
+
+@app.command(name="import")
+def import_(model: Annotated[str, typer.Argument(help="A checkpoint quantized by GPTQ, AWQ or compressed-tensors")],
+            output: Annotated[str, typer.Option("--output", "-o", help="Folder of the artifact")], dtype: DType = "auto",
+            overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
+            trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Make an artifact of a checkpoint that another program quantized: exact codes, nothing rounded again.
+
+    compress import TheBloke/Llama-2-7B-GPTQ -o imported
+    """
+    report = api.import_checkpoint(model, output, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    out.print(str(report), highlight=False, soft_wrap=True)
+    save(json_, report.to_json())
 
 
 @app.command(name="demo")

@@ -89,7 +89,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
                 formats, *training[name] = tune_block(recipe.tune, block, twin, stream, original.hidden, formats)
                 if training[name][1] >= training[name][0]:
                     fallbacks.append({"what": "tuning undone", "where": name, "count": 1, "detail": f"held-out error {training[name][0]:.3e} did not fall"})
-            header = writer.commit(shard, _tensors(block, name, formats), layers, fallbacks, training)
+            header = writer.commit(shard, block_tensors(block, name, formats), layers, fallbacks, training)
         headers[shard] = header
         if stream is not None and i + 1 < source.num_blocks:
             stream.advance(block)
@@ -225,7 +225,7 @@ def restore(block: nn.Module, name: str, header: dict, tensors: dict[str, Tensor
     block.requires_grad_(False)
 
 
-def _tensors(block: nn.Module, name: str, formats: dict[str, Format]) -> dict[str, Tensor]:
+def block_tensors(block: nn.Module, name: str, formats: dict[str, Format]) -> dict[str, Tensor]:
     """What a block's shard holds: Format tensors for the compressed linears, everything else in the dtype it was stored in."""
     tensors = {f"{name}.{path}.{key}": t for path, weight in formats.items() for key, t in weight.tensors().items()}
     for local, value in block.state_dict().items():

@@ -22,8 +22,9 @@ import compress
 def row(recipe: str, a: argparse.Namespace, folder: Path) -> str:
     name, *settings = recipe.split(":")
     out, report = folder / recipe.replace("/", "-"), folder / "report.json"
-    subprocess.run([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", f"file:{a.calibration}", "--samples",
-                    str(a.samples), "--seqlen", str(a.seqlen), "--json", str(report), *(f"--set={s}" for s in settings)], check=True, capture_output=True)  # fmt: skip
+    options = ["--samples", str(a.samples), "--seqlen", str(a.seqlen), "--json", str(report), *(f"--set={s}" for s in settings)]
+    subprocess.run([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", f"file:{a.calibration}", *options],
+                   check=True, capture_output=True)  # fmt: skip
     made = json.loads(report.read_text())
     cells = [f"`{recipe}`"]
     for text, windows in zip(a.evaluation, a.windows, strict=True):

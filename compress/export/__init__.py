@@ -1,0 +1,101 @@
+"""Exports: an artifact in the layout of another program, exact codes and scales, or a refusal that names every layer.
+
+    compress export OUT --to compressed-tensors -o SERVED
+
+One file a format. All layers are judged before anything is written; the result is written beside its place and renamed there at the end.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..artifact import Fallback, companions
+from ..errors import CompressError
+from ..recipe import nearest
+from .awq import AWQ
+from .base import Export, Refusal, Source
+from .card import card
+from .compressed_tensors import CompressedTensors
+from .dense import Dense
+from .gguf import GGUF
+from .gptq import GPTQ
+
+EXPORTS: dict[str, Export] = {
+    "dense": Dense(), "compressed-tensors": CompressedTensors(), "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(), "gguf": GGUF(),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what does not carry over (`notes`)."""
+
+    path: str
+    to: str
+    layers: int
+    bytes: int
+    notes: list[Fallback]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"notes": [n.model_dump() for n in self.notes]}
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.layers} compressed layers as {self.to}, {self.bytes / 1e6:.1f} MB, {len(self.notes)} notes"
+
+
+def find(to: str) -> Export:
+    if to not in EXPORTS:
+        raise CompressError(f"unknown export format {to!r}{nearest(to, EXPORTS)}")
+    return EXPORTS[to]
+
+
+def can_export(source: Source, to: str) -> list[Refusal]:
+    """Every layer of the artifact that the format cannot express; empty: `export` will write it."""
+    return find(to).refusals(source)
+
+
+def write(folder: Path, to: str, output: Path, *, base_model: str | None = None, evaluation: dict | None = None,
+          trust_remote_code: bool = False) -> Exported:  # fmt: skip
+    """Export the artifact in `folder`. Raises CompressError naming every refused layer before `output` is touched."""
+    chosen = find(to)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CompressError(f"{output}: exists and is not an empty folder; choose another -o or remove it")
+    source = Source(folder, trust_remote_code)
+    if refused := can_export(source, to):
+        raise CompressError(f"{len({r.layer for r in refused})} of {len(source.layers)} layers cannot be exported as {to}: {'; '.join(_grouped(refused))}")
+    parent = output.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=parent))
+        try:
+            for file in companions(folder):
+                shutil.copyfile(file, temporary / file.name)
+            chosen.write(source, temporary)
+            size = sum(f.stat().st_size for f in temporary.iterdir())
+            (temporary / "README.md").write_text(card(source, to, chosen.load_line(output.name), base_model, evaluation), encoding="utf-8")
+            for file in temporary.iterdir():
+                file.chmod(0o644)
+            temporary.chmod(0o755)
+            temporary.replace(output)  # over an empty folder, too
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise CompressError(f"{output}: cannot be written: {error}; nothing is left there") from error
+    return Exported(str(output), to, len(source.layers), size, source.notes)
+
+
+def _grouped(refused: list[Refusal]) -> list[str]:
+    """One phrase for layers with the same reason, their numbers folded: model.layers.*.mlp.down_proj (22)."""
+    reasons: dict[tuple[str, str], dict[str, int]] = {}
+    for r in refused:
+        names = reasons.setdefault((r.reason, r.recipe), {})
+        folded = re.sub(r"\.\d+(?=\.)", ".*", r.layer)
+        names[folded] = names.get(folded, 0) + 1
+    return [f"{', '.join(f'{name} ({count})' for name, count in names.items())}: {reason}; nearest recipe {recipe}"
+            for (reason, recipe), names in reasons.items()]  # fmt: skip

@@ -1,0 +1,130 @@
+"""Import: a GPTQ, AWQ or compressed-tensors checkpoint as an artifact. Exact codes and scales, nothing is rounded or calibrated.
+
+The quantized linears of the checkpoint are seen as plain weights of the model that config.json describes, so that blocks are found, filled and
+sent probe tokens as everywhere else; then each gets the format that its own tensors spell (the `read` of its file in compress/export/). What
+comes out can be evaluated, verified, run on our kernels and exported again.
+"""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .artifact import PROBE, LayerRecord, Manifest, Writer
+from .checkpoint import Checkpoint, Entry, read_headers
+from .errors import CompressError
+from .export import awq, compressed_tensors, gptq
+from .formats import Format, IntGroup
+from .linear import set_weight
+from .stream import Stream
+from .version import __version__
+from .walk import block_tensors, copy_outer
+
+READERS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
+
+
+class Packed(Checkpoint):
+    """A quantized checkpoint whose packed linears look like plain ones with weights of zero; `format` reads what they hold."""
+
+    def __init__(self, model: str, **kwargs):
+        super().__init__(model, **kwargs)
+        main = self.reader.SUFFIXES[0]
+        packed = {key.removesuffix(f".{main}") for key in self.entries if key.endswith(f".{main}")}
+        if not packed:
+            raise CompressError(f"{model}: config.json says {self.method}, but no tensor is called *.{main}")
+        self.packed: dict[str, dict[str, Entry]] = {module: {} for module in sorted(packed)}
+        plain: dict[str, Entry] = {}
+        for key, entry in self.entries.items():
+            module, _, suffix = key.rpartition(".")
+            if module in packed and suffix in self.reader.SUFFIXES:
+                self.packed[module][suffix] = entry
+            else:
+                plain[key] = entry
+        for module, stored in self.packed.items():  # reads each once, so that what cannot be read is told before anything is written
+            weight = self.format(module)
+            plain[f"{module}.weight"] = Entry(stored[main].file, weight.scales.dtype, weight.shape)
+        self.entries = plain
+        if outside := [m for m in self.packed if f"{m}.weight" in {key for g in self.outer_groups() for key, _ in g.sources} | set(self.unknown)]:
+            raise CompressError(f"{model}: {outside[0]} is quantized and lies outside the blocks, where artifacts keep plain tensors")
+
+    def _check_config(self) -> None:
+        config = getattr(self.config, "quantization_config", None)
+        if config is None:
+            raise CompressError(f"{self.name}: not quantized; compress it with `compress run`")
+        self.quantization: dict[str, Any] = config if isinstance(config, dict) else config.to_dict()
+        self.method = self.quantization.get("quant_method", "an unknown method")
+        if self.method not in READERS:
+            raise CompressError(f"{self.name}: quantized by {self.method}, which cannot be imported; {', '.join(READERS)} can")
+        self.reader = READERS[self.method]
+        del self.config.quantization_config
+
+    def read_stored(self, key: str) -> Tensor:
+        if key.removesuffix(".weight") in self.packed:
+            return torch.zeros(self.entries[key].shape, dtype=self.entries[key].dtype)
+        return super().read_stored(key)
+
+    def format(self, module: str) -> IntGroup:
+        """A packed linear as its tensors spell it. Raises CompressError where our integer grid cannot hold it."""
+        return self.reader.read({s: self.read_from(e.file, f"{module}.{s}") for s, e in self.packed[module].items()}, self.quantization, module)
+
+    def formats_of(self, i: int, block: nn.Module) -> dict[str, Format]:
+        """The packed linears of block i by their paths in it; gate and up of an expert, stored apart, are one."""
+        found: dict[str, Format] = {}
+        for group in self.block_groups(i):
+            modules = [key.removesuffix(".weight") for key, _ in group.sources]
+            if not (packed := [m for m in modules if m in self.packed]):
+                continue
+            local = group.target.removeprefix(self.block_name(i) + ".")
+            if group.converter is None:
+                found[local.removesuffix(".weight")] = self.format(packed[0])
+                continue
+            parent, _, leaf = local.rpartition(".")
+            for e in range(len(block.get_submodule(parent))):
+                parts = [key.removesuffix(".weight") for p in group.converter.source_patterns for key, pattern in group.sources
+                         if pattern == p and re.search(rf"\.{e}\.", key.removeprefix(self.block_name(i)))]  # fmt: skip
+                if any(m not in self.packed for m in parts):
+                    raise CompressError(f"{self.name}: {group.target}: only some of its parts are quantized")
+                found[f"{parent}.{e}.{leaf}"] = _stacked([self.format(m) for m in parts], f"{group.target}[{e}]")
+        return found
+
+
+def _stacked(parts: list[IntGroup], where: str) -> IntGroup:
+    """Rows of one weight below those of the other."""
+    first = parts[0]
+    if len({(p.bits_per_code, p.group_size, p.zeros is None) for p in parts}) > 1:
+        raise CompressError(f"{where}: its parts differ in bits, group size or symmetry")
+    zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts]).to(torch.uint8)
+    return IntGroup.pack(torch.cat([p.unpack() for p in parts]), torch.cat([p.scales for p in parts]), zeros, first.bits_per_code)
+
+
+def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:
+    """Every block and what lies outside into the writer's folder, the probe's last `kept` logits with it."""
+    headers: dict[str, dict] = {}
+    copy_outer(source, writer, headers)
+    for i in range(source.num_blocks):
+        block, name = source.load_block(i), source.block_name(i)
+        formats = source.formats_of(i, block)
+        layers = {}
+        for path, weight in formats.items():
+            set_weight(block.get_submodule(path), weight.dequantize())
+            layers[f"{name}.{path}"] = LayerRecord(
+                method="import", options={"from": source.method}, format=weight.meta(), describe=weight.describe(), tensors=list(weight.tensors()),
+                bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=weight.nbytes(), parameters=weight.shape[0] * weight.shape[1],
+                error=0.0, error_norm="identity", tokens=0)  # fmt: skip
+        headers[f"block-{i:05d}"] = writer.commit(f"block-{i:05d}", block_tensors(block, name, formats), layers, [])
+        probe.advance(block)
+    stem = PROBE.removesuffix(".safetensors")
+    headers[stem] = writer.commit(stem, {"tokens": probe.tokens, "logits": next(probe.logits())[:, -kept:].float()}, {}, [])
+    records = [r for h in headers.values() for r in h["layers"].values()]
+    stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize
+                 for h in headers.values() for t in h["tensors"].values() if t["shard"] != PROBE)  # fmt: skip
+    parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
+    linear, nbytes = sum(r["parameters"] for r in records), sum(r["bytes"] for r in records)
+    totals = {"parameters": parameters, "linear_parameters": linear, "bytes": stored, "linear_bytes": nbytes,
+              "source_bytes": sum(e.nbytes for e in read_headers(source.path).values()), "linear_bits": 8 * nbytes / linear,
+              "model_bits": 8 * stored / parameters, "planned_bytes": stored}  # fmt: skip
+    return writer.finish(headers, source.path, source.changes, source.blocks_path, totals, __version__)

@@ -1,0 +1,457 @@
+"""Run: pytest tests/test_export.py. What other programs read: exact codes, checked by dequantizers of their published layouts and, where they are
+installed (`-m consumer`), by their own code; refusals before anything is written; and back again by import."""
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_cli import main
+from tiny import LLAMA, TINY, save_tiny
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import compress
+from compress import CompressError
+from compress.artifact import INDEX
+from compress.export import EXPORTS, base, can_export
+from compress.formats import IntGroup, build
+
+TOKENS = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(1))
+needs = lambda *names: [pytest.mark.consumer, *(pytest.mark.skipif(importlib.util.find_spec(n) is None, reason=f"{n} is not installed") for n in names)]
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(architecture, **options of rtn): an artifact, each made once; `steps` for a recipe of its own, `dtype` of the checkpoint."""
+    root = tmp_path_factory.mktemp("export")
+
+    def make(name: str = "llama", dtype=torch.bfloat16, steps=None, **options) -> Path:
+        model, tag = root / f"{name}-{str(dtype)[6:]}", "-".join(map(str, ("artifact", name, str(dtype)[6:], *options.values(), *(steps or []))))
+        out = root / re.sub(r"[^\w.-]+", "_", tag)
+        if not model.exists():
+            save_tiny(name, model, dtype)
+        if not out.exists():
+            steps = steps or [{"method": "rtn", "group_size": 32, **options}]
+            compress.run(str(model), {"name": "tiny", "steps": steps}, output=out, dtype="float32", show=False)
+        return out
+    return make
+
+
+def source(artifact: Path) -> base.Source:
+    return base.Source(artifact)
+
+
+def formats(artifact: Path) -> dict:
+    """Every layer of an artifact as its Format."""
+    s, found = source(artifact), {}
+    for tensors, layers in s.shards():
+        found |= {n: build(s.layers[n].format, {t: tensors[f"{n}.{t}"] for t in s.layers[n].tensors}) for n in layers}
+    return found
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    names = json.loads((folder / INDEX).read_text())["weight_map"]
+    tensors = {k: t for shard in sorted(set(names.values())) for k, t in load_file(folder / shard).items()}
+    assert set(tensors) == set(names)
+    return tensors
+
+
+def export(artifact: Path, to: str, out: Path, **options) -> tuple[Path, dict]:
+    compress.export(str(artifact), to, out, **options)
+    return out, json.loads((out / "config.json").read_text()) if (out / "config.json").is_file() else {}
+
+
+def kl(consumer: torch.nn.Module, artifact: Path, dtype=torch.float32) -> float:
+    """Of the consumer's logits from those of our own dequantized model."""
+    with torch.no_grad():
+        p, q = (m(TOKENS).logits.double().log_softmax(-1) for m in (compress.load(str(artifact), dtype=dtype, policy="dense"), consumer.eval()))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+# ---- dense
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gpt_neox", "phi3", "gemma3", "mixtral", "qwen3_moe"])
+def test_dense_is_the_model_that_load_gives_under_the_names_of_the_checkpoint(name, made, tmp_path):
+    artifact = made(name)
+    out, config = export(artifact, "dense", tmp_path / "out")
+    assert "quantization_config" not in config
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    assert kl(model, artifact, torch.bfloat16 if name == "gpt2" else torch.float32) < 1e-4  # bf16 weights: (q − z)·s is rounded once
+    original = artifact.parent / f"{name}-bfloat16"
+    assert set(stored(out)) == set(load_file(original / "model.safetensors"))
+    assert all(t.dtype == torch.bfloat16 for t in stored(out).values() if t.is_floating_point())
+    assert {f.name for f in original.glob("token*")} <= {f.name for f in out.iterdir()}
+
+
+def test_dense_weights_are_bit_for_bit_those_that_load_multiplies_by(made, tmp_path):
+    artifact = made(bits=3)
+    out, _ = export(artifact, "dense", tmp_path / "out")
+    tensors = stored(out)
+    for name, weight in formats(artifact).items():
+        assert torch.equal(tensors[f"{name}.weight"], weight.dequantize(torch.bfloat16))
+
+
+# ---- layouts, dequantized by their own published formulas in numpy
+
+
+def bits_of(words: np.ndarray, bits: int, n: int) -> np.ndarray:
+    """The first n values of a little-endian bit stream, one bit at a time: int32 [rows, words] → [rows, n]."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")[:, : n * bits]
+    return (stream.reshape(len(words), n, bits) << np.arange(bits)).sum(-1)
+
+
+def ct_dequantize(t: dict, bits: int, symmetric: bool) -> np.ndarray:
+    out, n = t["weight_shape"].tolist()
+    scale = t["weight_scale"].double().numpy()
+    q = bits_of(t["weight_packed"].numpy(), bits, n) - 2 ** (bits - 1)  # signed, stored with an offset
+    z = 0 if symmetric else bits_of(t["weight_zero_point"].numpy().T, bits, out).T - 2 ** (bits - 1)
+    return ((q.reshape(out, scale.shape[1], -1) - np.reshape(z, (*np.shape(z), 1))) * scale[:, :, None]).reshape(out, n)
+
+
+def gptq_dequantize(t: dict, bits: int, version: int) -> np.ndarray:
+    out, n = t["scales"].shape[1], len(t["g_idx"])
+    q = bits_of(t["qweight"].numpy().T, bits, n).T  # [in, out]
+    z = bits_of(t["qzeros"].numpy(), bits, out) + (version == 1)
+    g = t["g_idx"].numpy()
+    return ((q - z[g]) * t["scales"].double().numpy()[g]).T
+
+
+def awq_dequantize(t: dict, group_size: int) -> np.ndarray:
+    def unpack(words):  # eight nibbles a word, value i of a word in nibble 0 4 1 5 2 6 3 7
+        nibbles = (words.numpy().astype(np.int64)[:, :, None] >> np.arange(0, 32, 4)) & 15
+        return nibbles[:, :, [0, 4, 1, 5, 2, 6, 3, 7]].reshape(len(words), -1)
+    assert t["scales"].dtype == torch.float16
+    g = np.arange(t["qweight"].shape[0]) // group_size
+    return ((unpack(t["qweight"]) - unpack(t["qzeros"])[g]) * t["scales"].double().numpy()[g]).T
+
+
+def parts(tensors: dict, module: str) -> dict:
+    return {k.removeprefix(module + "."): t for k, t in tensors.items() if k.startswith(module + ".")}
+
+
+@pytest.mark.parametrize(("bits", "sym"), [(b, s) for b in range(2, 9) for s in (True, False)] + [("ternary", True), (4, "full")])
+def test_compressed_tensors_holds_the_same_matrix(bits, sym, made, tmp_path):
+    artifact = made(bits=bits, sym=sym)
+    out, config = export(artifact, "compressed-tensors", tmp_path / "out")
+    (group,) = config["quantization_config"]["config_groups"].values()
+    width = 2 if bits == "ternary" else bits
+    assert group["targets"] == ["Linear"] and group["weights"] | {"num_bits": width, "symmetric": bool(sym), "group_size": 32} == group["weights"]
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+    tensors = stored(out)
+    for name, weight in formats(artifact).items():
+        t = parts(tensors, name)
+        np.testing.assert_array_equal(ct_dequantize(t, width, bool(sym)), weight.dequantize().double().numpy())
+        if bits != "ternary":
+            assert torch.equal(t["weight_packed"], weight.codes)  # the very words
+        assert torch.equal(t["weight_scale"], weight.scales)
+
+
+@pytest.mark.parametrize(("bits", "sym", "to"), [(b, True, "gptq") for b in (2, 3, 4, 8, "ternary")] + [(b, False, "gptq-v2") for b in (2, 3, 4, 8)])
+def test_gptq_holds_the_same_matrix(bits, sym, to, made, tmp_path):
+    artifact = made(bits=bits, sym=sym)
+    out, config = export(artifact, to, tmp_path / "out")
+    q = config["quantization_config"]
+    assert (q["quant_method"], q["group_size"], q["sym"], q["desc_act"]) == ("gptq", 32, sym, False)
+    assert q["checkpoint_format"] == {"gptq": "gptq", "gptq-v2": "gptq_v2"}[to]
+    tensors = stored(out)
+    for name, weight in formats(artifact).items():
+        t = parts(tensors, name)
+        np.testing.assert_array_equal(gptq_dequantize(t, q["bits"], 1 if to == "gptq" else 2), weight.dequantize().double().numpy())
+        assert t["g_idx"].tolist() == [j // 32 for j in range(weight.shape[1])] and t["qweight"].dtype == torch.int32
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_awq_holds_the_same_matrix(sym, made, tmp_path):
+    artifact = made(sym=sym)
+    out, config = export(artifact, "awq", tmp_path / "out")
+    assert config["quantization_config"]["modules_to_not_convert"] == ["lm_head"]
+    tensors = stored(out)
+    for name, weight in formats(artifact).items():
+        np.testing.assert_array_equal(awq_dequantize(parts(tensors, name), 32), weight.dequantize().double().numpy())
+
+
+def test_scales_are_widened_to_the_models_dtype_never_narrowed(made, tmp_path):
+    artifact = made(dtype=torch.float32)
+    tensors = stored(export(artifact, "compressed-tensors", tmp_path / "out")[0])
+    weight = formats(artifact)[Q_PROJ]
+    assert weight.scales.dtype == torch.bfloat16 and tensors[f"{Q_PROJ}.weight_scale"].dtype == torch.float32
+    assert torch.equal(tensors[f"{Q_PROJ}.weight_scale"], weight.scales.float())
+
+
+def test_experts_get_the_names_of_the_checkpoint(made, tmp_path):
+    artifact = made("mixtral", sym=True)
+    tensors = stored(export(artifact, "compressed-tensors", tmp_path / "out")[0])
+    whole = formats(artifact)["model.layers.1.mlp.experts.2.gate_up_proj"].dequantize().double().numpy()
+    expert = "model.layers.1.block_sparse_moe.experts.2"
+    halves = [ct_dequantize(parts(tensors, f"{expert}.{w}"), 4, True) for w in ("w1", "w3")]
+    np.testing.assert_array_equal(np.concatenate(halves), whole)
+
+
+# ---- what cannot be expressed
+
+
+def refused(artifact: Path, to: str, out: Path) -> str:
+    with pytest.raises(CompressError) as error:
+        compress.export(str(artifact), to, out / "x")
+    assert list(out.iterdir()) == [] and "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_every_layer_is_named_before_anything_is_written(made, tmp_path):
+    artifact = made(bits=5)
+    assert {r.layer for r in can_export(source(artifact), "awq")} == set(source(artifact).layers)
+    text = refused(artifact, "awq", tmp_path)
+    assert text.startswith("14 of 14 layers cannot be exported as awq: model.layers.*.self_attn.q_proj (2)")
+    assert "5 bits, awq has 4; nearest recipe {bits: 4, group_size: 32, sym: false}" in text
+    assert "nearest recipe {bits: 8, group_size: 32, sym: false}" in refused(artifact, "gptq-v2", tmp_path)
+
+
+def test_other_refusals_say_what_would_do(made, tmp_path):
+    assert "{bits: 4, group_size: 32, sym: true}, or --to gptq-v2" in refused(made(), "gptq", tmp_path)
+    assert "{bits: 2, group_size: 32, sym: true}" in refused(made(bits=1, sym=True), "compressed-tensors", tmp_path)
+    for to in ("compressed-tensors", "gptq", "awq"):
+        assert "a Conv1D" in refused(made("gpt2", sym=True), to, tmp_path)
+    assert "leaves the experts of a gptq checkpoint random; nearest recipe --to compressed-tensors" in refused(made("mixtral", sym=True), "gptq", tmp_path)
+    assert "an expert with zero points" in refused(made("mixtral"), "compressed-tensors", tmp_path)
+    with pytest.raises(CompressError, match=r"unknown export format 'gptqq', did you mean gptq\?"):
+        compress.export(str(made()), "gptqq", tmp_path / "x")
+
+
+def test_parts_of_a_fused_matrix_must_have_one_scheme(made, tmp_path):
+    steps = [{"method": "rtn", "match": ["*q_proj", "*k_proj"], "bits": 8, "group_size": 32, "sym": True},
+             {"method": "rtn", "match": "*v_proj", "bits": 4, "group_size": 32, "sym": True}]  # fmt: skip
+    text = refused(made(steps=steps), "compressed-tensors", tmp_path)
+    assert "served inside qkv_proj" in text and "8 bits g32 sym and 4 bits g32 sym" in text and "{bits: 8, group_size: 32, sym: true} for all" in text
+    kept = [{"method": "rtn", "match": "*gate_proj", "bits": 4, "group_size": 32, "sym": True}]
+    assert "served inside gate_up_proj" in refused(made(steps=kept), "gptq", tmp_path)
+    uniform = [{"method": "rtn", "match": "*_attn*", "bits": 4, "group_size": 32, "sym": True}, {"method": "rtn", "bits": 8, "group_size": 32, "sym": True}]
+    assert "loaders of gptq take one scheme" in refused(made(steps=uniform), "gptq", tmp_path)
+    _, config = export(made(steps=uniform), "compressed-tensors", tmp_path / "out")
+    groups = config["quantization_config"]["config_groups"].values()
+    assert {(g["weights"]["num_bits"], len(g["targets"])) for g in groups} == {(4, 8), (8, 6)}
+
+
+def test_awq_checks_every_scale_for_fp16(made, tmp_path):
+    weight = IntGroup.pack(torch.zeros(8, 32, dtype=torch.uint8), torch.full((8, 1), 1e-30).bfloat16(), None, 4)
+    assert not base.fits_half(weight.scales) and base.fits_half(torch.tensor([2.0**-17, 1.9921875 * 2**-14, 65280]).bfloat16())
+    assert EXPORTS["awq"]._refusal("a", weight).reason == "scales that fp16 cannot hold exactly"
+
+
+def test_a_channel_layer_takes_the_group_size_of_the_others_where_it_is_its_width(made):
+    found = base.schemes(source(made(bits=4, group_size=64, sym=True)))  # q_proj reads 64 inputs, down_proj 128
+    assert {s.group_size for s in found.values()} == {64}
+    assert {s.group_size for s in base.schemes(source(made(bits=4, group_size=-1, sym=True))).values()} == {-1}
+
+
+# ---- the folder
+
+
+def test_a_failed_write_leaves_nothing(made, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(EXPORTS["dense"].__class__, "tensors", fail)
+    with pytest.raises(CompressError, match="No space left on device; nothing is left there"):
+        compress.export(str(made()), "dense", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_files_is_left_alone(made, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CompressError, match="is not an empty folder"):
+        compress.export(str(made()), "dense", tmp_path)
+    (tmp_path / "empty").mkdir()
+    export(made(), "dense", tmp_path / "empty")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["empty", "notes.txt"]
+
+
+def test_a_damaged_artifact_is_not_exported(made, tmp_path):
+    copy = Path(shutil.copytree(made(), tmp_path / "copy"))
+    file = copy / "block-00001.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(CompressError, match="is not what was written"):
+        compress.export(str(copy), "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["dense", "compressed-tensors", "gptq-v2", "awq"])
+def test_two_exports_are_the_same_bytes(to, made, tmp_path):
+    a, b = (export(made(), to, tmp_path / n / "out")[0] for n in "ab")
+    assert {f.name: f.read_bytes() for f in a.iterdir()} == {f.name: f.read_bytes() for f in b.iterdir()}
+    assert len(list(a.glob("*.safetensors"))) == 3 and all(f.stat().st_mode & 0o044 == 0o044 for f in a.iterdir())
+
+
+def test_the_model_card(made, tmp_path):
+    evaluation = {"perplexity": {"token": 12.5}, "kl": {"mean": 0.01}, "top1": {"agreement": 0.9}, "windows": 3, "tokens": 93, "data": {"spec": "wikitext2"},
+                  "reference": {"perplexity": {"token": 12.0}}}  # fmt: skip
+    out, _ = export(made(), "awq", tmp_path / "out", base_model="maker/model", evaluation=evaluation)
+    _, front, text = (out / "README.md").read_text().split("---\n", 2)
+    front = yaml.safe_load(front)
+    assert front["base_model"] == "maker/model" and front["tags"] == ["compress", "awq"] and front["library_name"] == "transformers"
+    for said in ("| 14 | int4 g32 asym |", "method: rtn", "No calibration data", "| perplexity (token) | 12.5 | 12 |", "vllm serve out", "model.safetensors"):
+        assert said in text
+
+
+def test_the_command_line(made, tmp_path, capsys):
+    artifact = made()
+    assert main("export", artifact, "--to", "awq", "-o", tmp_path / "out", "--json", tmp_path / "e.json") == 0
+    assert json.loads((tmp_path / "e.json").read_text())["to"] == "awq" and "note: scales stored as fp16" in capsys.readouterr().out
+    assert main("import", tmp_path / "out", "-o", tmp_path / "back") == 0
+    for bad in (("export", artifact, "--to", "gptq", "-o", tmp_path / "x"), ("export", tmp_path, "--to", "awq", "-o", tmp_path / "x"),
+                ("export", artifact, "--to", "awq", "-o", tmp_path / "x", "--evaluation", tmp_path / "out" / "config.json"),
+                ("import", artifact, "-o", tmp_path / "y"), ("import", artifact.parent / "llama-bfloat16", "-o", tmp_path / "y")):  # fmt: skip
+        capsys.readouterr()
+        assert main(*bad) == 1
+        assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "x").exists() and not (tmp_path / "y").exists()
+
+
+# ---- and back
+
+
+@pytest.mark.parametrize(("name", "to", "options"), [
+    ("llama", "gptq", {"sym": True}), ("llama", "gptq-v2", {"bits": 3}), ("llama", "awq", {}), ("llama", "compressed-tensors", {"bits": 5}),
+    ("qwen2", "compressed-tensors", {"sym": True}), ("opt", "gptq-v2", {"bits": 8}), ("mixtral", "compressed-tensors", {"sym": True}),
+    ("qwen3_moe", "compressed-tensors", {"bits": 8, "group_size": -1, "sym": True})])  # fmt: skip
+def test_export_and_import_give_the_same_codes(name, to, options, made, tmp_path):
+    artifact = made(name, **options)
+    export(artifact, to, tmp_path / "out")
+    compress.import_checkpoint(str(tmp_path / "out"), tmp_path / "back", dtype="float32")
+    result = compress.verify(str(tmp_path / "back"))
+    assert result.ok and result.kl == 0
+    before, after = formats(artifact), formats(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for layer, weight in before.items():
+        assert torch.equal(weight.unpack(), after[layer].unpack()) and torch.equal(weight.zero_points(), after[layer].zero_points())
+        assert torch.equal(weight.scales.float(), after[layer].scales.float()) and (weight.zeros is None) == (after[layer].zeros is None)
+
+
+def test_import_refuses_what_it_cannot_hold(made, tmp_path):
+    out, config = export(made(sym=True), "gptq", tmp_path / "out")
+    shard = next(f for f in out.glob("*.safetensors") if any("g_idx" in k for k in load_file(f)))
+    from safetensors.torch import save_file
+    tensors = load_file(shard)
+    name = next(k for k in tensors if k.endswith("g_idx"))
+    save_file(tensors | {name: tensors[name].flip(0).contiguous()}, shard)
+    with pytest.raises(CompressError, match="act-order with a group index that is not contiguous"):
+        compress.import_checkpoint(str(out), tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    config["quantization_config"]["quant_method"] = "bitsandbytes"
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CompressError, match="quantized by bitsandbytes, which cannot be imported; gptq, awq, compressed-tensors can"):
+        compress.import_checkpoint(str(out), tmp_path / "back")
+
+
+# ---- the consumers themselves
+
+
+def consumed(out: Path, **options) -> torch.nn.Module:
+    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True, **options)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory) -> Path:
+    from compress.embedded import model_path
+    out = tmp_path_factory.mktemp("embedded") / "w4"
+    compress.run(str(model_path()), "w4-rtn", output=out, show=False)
+    return out
+
+
+class TestCompressedTensors:
+    pytestmark = needs("compressed_tensors")
+
+    @pytest.mark.parametrize(("name", "options"), [
+        ("qwen3", {"sym": True}), ("opt", {"bits": 3, "sym": True}), ("mixtral", {"sym": True}), ("gpt_neox", {"bits": 8, "group_size": -1, "sym": True}),
+        ("gemma3", {"bits": "ternary", "sym": True})])  # fmt: skip
+    def test_symmetric(self, name, options, made, tmp_path):
+        artifact = made(name, torch.float32, **options)
+        assert kl(consumed(export(artifact, "compressed-tensors", tmp_path / "out")[0]), artifact) < 1e-9
+
+    @pytest.mark.parametrize(("name", "bits"), [("qwen3", 4), ("opt", 5), ("embedded", 4)])
+    def test_asymmetric(self, name, bits, made, embedded, tmp_path):
+        from transformers import CompressedTensorsConfig
+        artifact = embedded if name == "embedded" else made(name, torch.float32, bits=bits)
+        out, _ = export(artifact, "compressed-tensors", tmp_path / "out")
+        assert kl(consumed(out, quantization_config=CompressedTensorsConfig(dequantize=True)), artifact) < (1e-4 if name == "embedded" else 1e-9)
+
+    def test_mixed_and_partly_kept(self, made, tmp_path):
+        steps = [{"method": "rtn", "match": "*_attn*", "group_size": 32, "sym": True},
+                 {"method": "rtn", "match": "*.1.mlp.*", "bits": 8, "group_size": -1, "sym": True}]  # fmt: skip
+        artifact = made("qwen3", torch.float32, steps=steps)
+        assert kl(consumed(export(artifact, "compressed-tensors", tmp_path / "out")[0]), artifact) < 1e-9
+
+
+class TestGPTQModel:
+    """pip install gptqmodel optimum: compiles kernels on its first run, which takes minutes."""
+
+    pytestmark = [*needs("gptqmodel", "optimum"), pytest.mark.slow]
+
+    @pytest.mark.parametrize(("name", "to", "options"), [
+        ("qwen3", "gptq", {"sym": True}), ("qwen3", "gptq-v2", {}), ("opt", "awq", {}), ("opt", "gptq-v2", {"bits": 8})])
+    def test_loads_and_matches(self, name, to, options, made, tmp_path):
+        artifact = made(name, torch.float32, **options)
+        assert kl(consumed(export(artifact, to, tmp_path / "out")[0]), artifact) < 1e-4
+
+    @pytest.mark.parametrize("to", ["gptq", "awq"])
+    def test_partly_kept(self, to, made, tmp_path):
+        artifact = made("qwen3", torch.float32, steps=[{"method": "rtn", "match": "*_attn*", "group_size": 32, "sym": True}])
+        assert kl(consumed(export(artifact, to, tmp_path / "out")[0]), artifact) < 1e-4
+
+
+class TestGGUF:
+    pytestmark = needs("gguf")
+
+    @pytest.fixture(autouse=True)
+    def wide_heads(self, monkeypatch):
+        """transformers reads no head width of a qwen3 from GGUF and takes 128, that of all real ones."""
+        monkeypatch.setitem(TINY, "qwen3_wide", lambda: CONFIG_MAPPING["qwen3"](**dict(LLAMA, head_dim=128)))
+
+    @pytest.mark.parametrize(("options", "kind"), [
+        ({"bits": 4, "sym": True}, "Q4_0"), ({"bits": 4, "sym": "full"}, "Q4_0"), ({"bits": 2}, "Q4_0"), ({"bits": 4}, "Q5_0"),
+        ({"bits": 5, "sym": True}, "Q5_0"), ({"bits": 7}, "Q8_0"), ({"bits": 8, "group_size": -1, "sym": True}, "Q8_0"),
+        ({"bits": 8}, "BF16"), ({"bits": 4, "group_size": 16}, "BF16")])  # fmt: skip
+    def test_the_reader_gives_the_same_matrix(self, options, kind, made, tmp_path):
+        import gguf
+        artifact = made(**options)
+        report = compress.export(str(artifact), "gguf", tmp_path / "out")
+        tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+        assert ("stored as BF16" in {n.what for n in report.notes}) == (kind == "BF16")
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+        kinds = set()
+        for layer, weight in formats(artifact).items():
+            t = tensors[names.get_name(layer) + ".weight"]
+            kinds.add(t.tensor_type.name)
+            W = gguf.quants.dequantize(t.data, t.tensor_type).reshape(weight.shape)
+            if heads := {"q_proj": 4, "k_proj": 2}.get(layer.rpartition(".")[2]):
+                W = W.reshape(heads, -1, 2, W.shape[1]).swapaxes(1, 2).reshape(W.shape)
+            np.testing.assert_array_equal(W, weight.dequantize(torch.bfloat16 if kind == "BF16" else torch.float32).float().numpy())
+        assert kind in kinds and kinds <= {kind, "Q4_0", "Q5_0"}  # a layer whose zero points leave less to hold takes less
+
+    @pytest.mark.parametrize(("name", "options"), [("llama", {}), ("qwen2", {"bits": 3}), ("qwen3_wide", {"bits": 6})])
+    def test_transformers_loads_it(self, name, options, made, tmp_path):
+        artifact = made(name, torch.float32, **options)
+        compress.export(str(artifact), "gguf", tmp_path / "out")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
+        assert kl(model, artifact) < 1e-9
+
+    def test_the_tokenizer_comes_along(self, embedded, tmp_path):
+        from transformers import AutoTokenizer
+        report = compress.export(str(embedded), "gguf", tmp_path / "out")
+        assert report.notes == []
+        shutil.copytree(tmp_path / "out", tmp_path / "bare", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
+        text = "def export(path):\n    return 'it\\'s 1234 tokens'  # übrig\n"
+        ours, theirs = AutoTokenizer.from_pretrained(embedded), AutoTokenizer.from_pretrained(tmp_path / "bare", gguf_file="model.gguf")
+        assert ours(text).input_ids == theirs(text, add_special_tokens=False).input_ids
+
+    def test_a_model_of_another_kind_is_refused(self, made, tmp_path):
+        assert "model type opt is not mapped" in refused(made("opt"), "gguf", tmp_path)
