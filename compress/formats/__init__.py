@@ -1,6 +1,6 @@
-"""What a compressed weight is made of: leaves that hold tensors, and three combinators.
+"""What a compressed weight is made of: leaves that hold tensors, and four combinators.
 
-    W  =  leaf  |  term + term + ...  |  factor @ factor @ ...  |  inner @ Tᵀ
+    W  =  leaf  |  term + term + ...  |  factor @ factor @ ...  |  inner @ Tᵀ  |  inner · diag(t)
 
 A method returns one of these; the artifact stores its tensors and its `meta()`; `build` puts it together again. Kernels look only at
 the Format, so a new method needs no new layer class and a new leaf needs one file here.
@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..errors import CompressError
 from .base import Format
-from .combine import Product, Sum, Transformed
+from .combine import Product, Scaled, Sum, Transformed
 from .dense import Dense
 from .int_group import IntGroup
+from .lut import Lut
 
-__all__ = ["Dense", "Format", "IntGroup", "Product", "Sum", "Transformed", "build"]
+__all__ = ["Dense", "Format", "IntGroup", "Lut", "Product", "Scaled", "Sum", "Transformed", "build"]
 
-FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Sum, Product, Transformed)}
+FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, Sum, Product, Transformed, Scaled)}
 
 
 def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:
