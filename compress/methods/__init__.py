@@ -7,9 +7,12 @@ import sys
 from typing import Any, get_args, get_type_hints
 
 from .gptq import GPTQ
+from .hqq import HQQ
+from .nf import NF
 from .rtn import RTN
+from .sinq import SINQ
 
-METHODS = {"rtn": RTN, "gptq": GPTQ}
+METHODS = {"rtn": RTN, "gptq": GPTQ, "nf": NF, "hqq": HQQ, "sinq": SINQ}
 
 
 def describe() -> list[dict[str, Any]]:
