@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
-from compress.formats import Dense, IntGroup, Product, Sum, Transformed, build, packing
+from compress.formats import Dense, IntGroup, Lut, Product, Scaled, Sum, Transformed, build, packing
 from compress.formats.int_group import check_group_size
 
 
@@ -60,6 +60,10 @@ def test_int_group_dequantizes_code_by_code(bits, sym, levels):
     lambda: Sum((int_group()[0], Product((Dense(torch.randn(6, 2)), Dense(torch.randn(2, 96)))))),
     lambda: Product((int_group(out=6, n=32)[0], int_group(out=32, n=64, bits=8)[0])),
     lambda: Transformed(int_group()[0], Dense(torch.linalg.qr(torch.randn(96, 96))[0].contiguous())),
+    lambda: IntGroup.pack(int_group()[0].unpack(), torch.rand(6, 3).bfloat16(), 15 * torch.rand(6, 3).half(), 4),
+    lambda: Lut.pack(torch.randint(0, 16, (6, 96), dtype=torch.uint8), torch.randn(1, 16), torch.rand(6, 3).bfloat16(), "nf4"),
+    lambda: Lut.pack(torch.randint(0, 8, (5, 77), dtype=torch.uint8), torch.randn(5, 8).half(), None, "lut3"),
+    lambda: Scaled(Scaled(int_group()[0], torch.rand(96)), torch.rand(96).bfloat16()),
 ])  # fmt: skip
 def test_round_trip_through_a_file_and_bits_equal_bytes_on_disk(make, tmp_path):
     fmt = make()

@@ -129,7 +129,7 @@ class Scaled(Format):
 
     @classmethod
     def from_tensors(cls, meta, tensors) -> Scaled:
-        return cls(*_parts([meta["inner"]], tensors), tensors["columns"])
+        return cls(_parts([meta["inner"]], tensors)[0], tensors["columns"])
 
     def describe(self) -> str:
         return f"{self.inner.describe()} · t"

@@ -8,11 +8,12 @@ from typing import Any, get_args, get_type_hints
 
 from .gptq import GPTQ
 from .hqq import HQQ
+from .lnq import LNQ
 from .nf import NF
 from .rtn import RTN
 from .sinq import SINQ
 
-METHODS = {"rtn": RTN, "gptq": GPTQ, "nf": NF, "hqq": HQQ, "sinq": SINQ}
+METHODS = {"rtn": RTN, "gptq": GPTQ, "nf": NF, "hqq": HQQ, "sinq": SINQ, "lnq": LNQ}
 
 
 def describe() -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ class HQQ:
 
     def __post_init__(self):
         if not (0 < self.p <= 1 and self.beta > 0 and self.kappa >= 1 and self.iterations >= 0):
-            raise CompressError(f"p {self.p} must lie in (0, 1], beta {self.beta} above 0, kappa {self.kappa} and iterations {self.iterations} be at least 1 and 0")
+            raise CompressError(f"p {self.p} must lie in (0, 1], beta {self.beta} above 0, kappa {self.kappa} from 1, iterations {self.iterations} from 0 up")
 
     def __call__(self, weight: Tensor, stats: Stats | None, *, stored: torch.dtype, where: str = "weight") -> IntGroup:
         """weight [out, in] fp32 → IntGroup with fp16 zero points [out, groups]."""

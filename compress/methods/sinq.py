@@ -28,7 +28,7 @@ TOTAL = 1e-3, 1e3  # bounds of t
 @dataclass(frozen=True)
 class SINQ(RTN):
     group_size: int = 64  # input columns that share a scale; -1: one scale a row
-    clip: Literal["none", "mse"] = "none"  # as in rtn, on the normalised weight  # type: ignore[assignment]
+    clip: Literal["none", "mse"] = "none"  # as in rtn, on the normalised weight
     iterations: int = 16  # turns of normalising rows and columns; 0: rounding to nearest with t = 1
 
     def __post_init__(self):
@@ -53,9 +53,8 @@ class SINQ(RTN):
             if (imbalance := float(live.max() / live.min())) < least:
                 best, least = t, imbalance
             if i < self.iterations:
-                target = live.min()
-                update = lambda scale, std: (scale * (std / target).clamp(*STEP)).clamp(*TOTAL)
-                r, t = update(r, rows[:, None]), update(t, cols)
+                r = (r * (rows[:, None] / live.min()).clamp(*STEP)).clamp(*TOTAL)
+                t = (t * (cols / live.min()).clamp(*STEP)).clamp(*TOTAL)
         return best
 
     def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Scaled:  # type: ignore[override]
