@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_methods import correlated, stats_of, weight
+from test_walk import TEXT, run
+from tiny import save_tiny
 
+import compress
 from compress.calibration.statistics import Stats
 from compress.errors import CompressError
 from compress.formats import IntGroup, Lut, Scaled
 from compress.kernels import cpu_int, dispatch, reference
 from compress.linear import CompressedLinear
-from compress.methods import GPTQ, HQQ, LNQ, NF, RTN, SINQ
+from compress.methods import GPTQ, HQQ, LNQ, NF, RTN, SINQ, grid
 from compress.methods.lnq import project, quartic_means, refit_tables
 
 BF16 = torch.bfloat16
@@ -95,6 +98,19 @@ def test_groups_that_do_not_fit_are_refused_with_a_way_out():
             bad()
 
 
+def test_a_model_of_all_of_them_is_stored_verified_and_loaded(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    save_tiny("llama", tmp_path / "model")
+    steps = [{"method": "nf", "match": "*.[qk]_proj"}, {"method": "hqq", "match": "*.v_proj", "group_size": 32}, {"method": "lnq", "match": "*.o_proj"},
+             {"method": "sinq", "match": "*.mlp.*", "group_size": 32}]  # fmt: skip
+    report = run(tmp_path / "model", tmp_path / "out", f"file:{tmp_path}/text.txt", {"name": "all", "steps": steps})
+    assert {r.method: r.describe for r in report.manifest.layers.values()} == {
+        "nf": "nf4 g64", "hqq": "int4 g32 float zero", "lnq": "lut3 row", "sinq": "int4 g32 asym · t"}  # fmt: skip
+    assert all(r.bytes == r.planned_bytes for r in report.manifest.layers.values()) and report.fallbacks == []
+    checked = compress.verify(str(tmp_path / "out"))
+    assert checked.ok and checked.kl < 1e-4, checked.problems
+
+
 # ---- NF4 and FP4
 
 
@@ -142,13 +158,13 @@ def test_nf4_beats_fp4_and_uniform_levels_on_normal_weights():
 
 
 def slow_hqq(w, scale, zero, bits, p, beta, kappa, iterations):
-    """One group in plain Python: the zero point of the smallest Σ|error|^p, in steps."""
+    """One group in plain Python: the zero point of the smallest Σ|error|, in steps."""
     best, lowest = None, float("inf")
     for i in range(iterations + 1):
         z = float(torch.tensor(zero).half())
         q = [min(max(round(x / scale + z), 0), 2**bits - 1) for x in w]
         r = [x / scale - (c - z) for x, c in zip(w, q, strict=True)]
-        if (error := sum(abs(x) ** p for x in r)) < lowest:
+        if (error := sum(abs(x) for x in r)) < lowest:
             best, lowest = z, error
         if i < iterations:
             e = [0.0 if x == 0 else (1 if x > 0 else -1) * max(0.0, abs(x) - abs(x) ** (p - 1) / beta) for x in r]
@@ -158,28 +174,29 @@ def slow_hqq(w, scale, zero, bits, p, beta, kappa, iterations):
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_hqq_zero_points_against_plain_python(bits):
-    W = weight(6, 64).half().float()  # 11 bits: products and sums of a few tens round nowhere near a tie
-    fmt, start = HQQ(bits=bits, group_size=32)(W, None, stored=torch.float16), RTN(bits=bits, group_size=32)(W, None, stored=torch.float16)
-    assert torch.equal(fmt.scales, start.scales) and fmt.zeros.dtype == torch.float16
+    W, method = weight(6, 64).double().view(6, 2, 32), HQQ(bits=bits)
+    g = grid.fit(W.float(), 2**bits, bits, False, "mse", None, BF16)
+    zero = method._zero(W, g.scale.double(), g.zero.double(), g)
     for i, k in itertools.product(range(6), range(2)):
-        w = W[i, 32 * k : 32 * k + 32].double().tolist()
-        expected = slow_hqq(w, float(fmt.scales[i, k]), float(start.zero_points()[i, k]), bits, 0.7, 10.0, 1.01, 20)
-        assert abs(float(fmt.zeros[i, k]) - expected) <= 2**-7
+        assert float(zero[i, k]) == slow_hqq(W[i, k].tolist(), float(g.scale[i, k]), float(g.zero[i, k]), bits, 0.7, 10.0, 1.01, 20)
+    fmt = HQQ(bits=bits, group_size=32)(W.float().view(6, 64), None, stored=BF16)
+    assert fmt.zeros.dtype == torch.float16 and torch.equal(fmt.scales.float(), g.scale) and (fmt.zeros.double() - zero).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("nothing", [{"iterations": 0}, {"beta": float("inf"), "p": 1.0}])
 def test_hqq_without_iterations_or_with_infinite_beta_is_rounding(nothing):
     W = weight()
-    ours, plain = HQQ(bits=3, group_size=32, **nothing)(W, None, stored=BF16), RTN(bits=3, group_size=32)(W, None, stored=BF16)
+    ours, plain = HQQ(bits=3, group_size=32, **nothing)(W, None, stored=BF16), RTN(bits=3, group_size=32, clip="mse")(W, None, stored=BF16)
     assert torch.equal(ours.unpack(), plain.unpack()) and torch.equal(ours.dequantize(), plain.dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_hqq_lowers_what_it_minimises_in_every_group(bits):
-    W = weight(32, 256).pow(3)
-    ours, plain = (cls(bits=bits, group_size=64)(W, None, stored=BF16) for cls in (HQQ, RTN))
-    damage = lambda fmt: ((fmt.dequantize() - W).view(32, 4, 64) / fmt.scales.float()[:, :, None]).abs().pow(0.7).sum(-1)
-    assert (damage(ours) <= damage(plain) * (1 + 1e-4)).all() and damage(ours).sum() < 0.99 * damage(plain).sum()
+    W = weight(32, 256)
+    for clip in ("none", "mse"):
+        ours, plain = (cls(bits=bits, group_size=64, clip=clip)(W, None, stored=BF16) for cls in (HQQ, RTN))
+        damage = lambda fmt: ((fmt.dequantize() - W).view(32, 4, 64) / fmt.scales.float()[:, :, None]).abs().sum(-1)
+        assert (damage(ours) <= damage(plain) * (1 + 1e-4)).all() and damage(ours).sum() < 0.98 * damage(plain).sum()
 
 
 # ---- SINQ
@@ -197,7 +214,7 @@ def imbalance(W):
 
 def test_sinq_without_iterations_is_rounding():
     W = weight()
-    ours, plain = SINQ(bits=3, group_size=32, iterations=0)(W, None, stored=BF16), RTN(bits=3, group_size=32)(W, None, stored=BF16)
+    ours, plain = SINQ(bits=3, group_size=32, iterations=0)(W, None, stored=BF16), RTN(bits=3, group_size=32, clip="mse")(W, None, stored=BF16)
     assert isinstance(ours, Scaled) and (ours.columns == 1).all() and torch.equal(ours.dequantize(), plain.dequantize())
 
 
@@ -205,11 +222,11 @@ def test_sinq_balances_the_columns_and_rounds_what_is_left():
     W = loud_columns()
     t = SINQ().columns(W)
     spread = lambda W: float(W.std(0).max() / W.std(0).min())
-    assert spread(W / t) < 1.3 < 10 < spread(W)
+    assert spread(W / t) < 2 < 10 < spread(W)
     rows = (W / t).std(1, keepdim=True, correction=0)
-    assert imbalance(W / t / rows) < 0.2 * imbalance(W / W.std(1, keepdim=True, correction=0))
+    assert imbalance(W / t / rows) < 1.1 < 10 < imbalance(W / W.std(1, keepdim=True, correction=0))
     fmt = SINQ(bits=4, group_size=64)(W, None, stored=BF16)
-    plain = RTN(bits=4, group_size=64)(W / fmt.columns.float(), None, stored=BF16)  # by the rounded t: nothing is rounded twice
+    plain = RTN(bits=4, group_size=64, clip="mse")(W / fmt.columns.float(), None, stored=BF16)  # by the rounded t: nothing is rounded twice
     assert torch.equal(fmt.inner.unpack(), plain.unpack()) and fmt.nbytes() == plain.nbytes() + 2 * 128
     torch.testing.assert_close(SINQ().columns(1000 * W), t)  # the scale of the layer is not the columns' business
 
@@ -219,7 +236,7 @@ def test_sinq_beats_rounding_where_columns_differ(bits):
     W = loud_columns()
     x = torch.randn(512, 128, generator=torch.Generator().manual_seed(3)) / W.std(0)  # loud weights, quiet inputs, as layers have them
     s = stats_of(x)
-    ours, plain = (cls(bits=bits, group_size=64)(W, s, stored=BF16).dequantize() for cls in (SINQ, RTN))
+    ours, plain = (cls(bits=bits, group_size=64, clip="mse")(W, s, stored=BF16).dequantize() for cls in (SINQ, RTN))
     assert s.error(W, ours) < 0.6 * s.error(W, plain)
 
 
@@ -298,7 +315,7 @@ def test_lnq_beats_rounding_and_gptq_with_one_grid_a_row(bits):
     ours = LNQ(bits=bits)(W, s, stored=BF16)
     sym = bits == 1
     plain, gptq = (cls(bits=bits, group_size=-1, sym=sym, clip="hessian")(W, s, stored=BF16) for cls in (RTN, GPTQ))
-    assert s.error(W, ours.dequantize()) < 0.8 * s.error(W, gptq.dequantize()) < s.error(W, plain.dequantize())
+    assert s.error(W, ours.dequantize()) < 0.95 * s.error(W, gptq.dequantize()) < s.error(W, plain.dequantize())
     assert ours.bits() == bits + 16 * 2**bits / 256
 
 

@@ -1,12 +1,13 @@
 """HQQ, half-quadratic quantization: round to nearest, with a zero point that is a fraction of a step and fitted to the weights; no calibration.
 
-    minimise over z, per group:  Σ |w − s (q − z)|^p,   q = clamp(round(w/s + z), 0, 2^b − 1),   s from min and max, fixed
+    minimise over z, per group:  Σ |w − s (q − z)|^p,   q = clamp(round(w/s + z), 0, 2^b − 1),   s fixed
     e ← sign(r) max(0, |r| − |r|^(p−1)/β),  r = w − s (q − z);     z ← mean(q − (w − e)/s);     β ← κβ
 
 p < 1 forgives outliers: e takes over what is far off, the mean fits the rest (Badri and Shaji, Half-Quadratic Quantization of Large Machine
-Learning Models, 2023). What we do differently: r is measured in steps, not in the units of the weight, where |r| < β^(−1/(2−p)) = 0.17 makes
-e vanish for every weight of a usual model; each group keeps the best zero point it met, judged by the sum above, instead of stopping all
-groups at once. Zero points are stored as fp16, whose error is at most 1/256 of a step at 4 bits, where bf16's would be 1/32.
+Learning Models, 2023). What we do differently: r is measured in steps, not in the units of the weight, where e would vanish for every
+|r| < β^(−1/(2−p)) = 0.17, which is all of a usual model; s may come from a clipped span, by which the zero point gains most at 2 bits; each group
+keeps the best zero point it met, judged by Σ|r|, instead of all groups stopping at once. Zero points are stored as fp16, off by at most 1/256 of
+a step at 4 bits, where bf16 could be off by 1/32.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from .options import IntOptions
 class HQQ:
     bits: Literal[1, 2, 3, 4, 5, 6, 7, 8] = 4  # bits of a code
     group_size: int = 64  # input columns that share a scale and a zero point; -1: one of each a row
+    clip: Literal["none", "mse"] = "mse"  # how the span of a group is shrunk before the zero point is fitted; "none": min to max, as in the paper
     p: float = 0.7  # power of the error that is minimised; the smaller, the less an outlier counts
-    beta: float = 10.0  # weight of the quadratic that ties e to the error; inf: zero points as rounding has them
+    beta: float = 10.0  # weight of the quadratic that ties e to the error; inf with p = 1: rounding to nearest
     kappa: float = 1.01  # growth of beta from one iteration to the next
     iterations: int = 20  # of the zero point; 0: rounding to nearest
 
@@ -45,7 +47,7 @@ class HQQ:
         (out, n), size = weight.shape, check_group_size(weight.shape[1], self.group_size, where)
         dtype, levels = IntOptions.scale_dtype(stored), 2**self.bits
         groups = weight.reshape(out, n // size, size)
-        g = grid.fit(groups, levels, self.bits, False, "none", None, dtype)
+        g = grid.fit(groups, levels, self.bits, False, self.clip, None, dtype)
         rows = max(1, grid.CHUNK // n)
         zero = torch.cat([self._zero(w, s, z, g) for w, s, z in zip(groups.split(rows), g.scale.split(rows), g.zero.split(rows), strict=True)])
         codes = g.codes(groups, g.scale[..., None], zero.float()[..., None]).to(torch.uint8).view(out, n)
@@ -60,7 +62,7 @@ class HQQ:
             q = g.codes(w, torch.ones_like(z), z)
             r = w - (q - z)
             distance = r.abs()
-            error = distance.pow(self.p).sum(-1)
+            error = distance.sum(-1)
             best, lowest = torch.where(error < lowest, z[..., 0], best), torch.minimum(error, lowest)
             if i < self.iterations:
                 e = r.sign() * (distance - distance.pow(self.p - 1) / beta).clamp_(min=0)
