@@ -6,8 +6,8 @@ bits fits in that container: with q the code, z its zero point and d an integer 
     (q − z)·s = (c − 8)·s + t,      c = q − d,   t = (8 + d − z)·s.
 
 d = z − 8 makes t vanish, and the widening exact: always legal up to 3 bits, ternary and symmetric 4 bits (|q − z| < 8). A 4-bit group that
-needs d ≠ z − 8 to keep c in 0…15 rounds t to bf16, half a unit in the last place like any bf16 weight. One bit has z = ½: codes double,
-scales halve. A group of any multiple of 32 is a run of groups the op knows (32, 64, 128, 256) with one scale repeated.
+needs d ≠ z − 8 to keep c in 0…15 rounds t to bf16, half a unit in the last place like any bf16 weight. So does a float zero point. One
+bit has z = ½: codes double, scales halve. A group of any multiple of 32 is a run of groups the op knows (32, 64, 128, 256) with one scale repeated.
 
 `_weight_int8pack_mm` computes  Σ w·x  times one bf16 scale a row: 5 to 8 bits per channel, as long as q − z fits int8.
 
@@ -46,6 +46,8 @@ def supports(format: Format, x: Tensor) -> str | None:
         return f"group {format.group_size} is not a multiple of 32" if format.group_size % 32 else None
     if format.groups > 1:
         return f"{format.describe()}: int8 has one scale a row"
+    if format.zeros is not None and format.zeros.is_floating_point():
+        return "float zero points do not fit int8"
     if format.zeros is not None and format.bits_per_code == 8:
         return "8-bit codes minus their zero point do not fit int8"
     # torch 2.13 segfaults on other widths: the vector loop reads 16 codes at a time and has no tail

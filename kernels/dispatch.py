@@ -4,7 +4,7 @@
     dense-streamed   dequantize at every call: the memory of the compressed weight
     triton-int       codes read by the GPU kernel
     cpu-pack         codes read by the int4 / int8 matmuls that torch ships for CPU
-    parts            a combinator taken apart: x·Aᵀ + x·Bᵀ or (x·Bᵀ)·Aᵀ, every part through this same door
+    parts            a combinator taken apart: x·Aᵀ + x·Bᵀ, (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
 
 Routes that support a (format, dtype, device) are timed once per shape and bucket of rows (see tune.py), so a packed route runs only where
 it beat dense. The choice may change how bf16 and fp16 round. There is no choice, only dense leaves dequantized in fp32, when x is fp32,
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Dense, Format, IntGroup, Product, Sum, Transformed
+from ..formats import Dense, Format, IntGroup, Product, Scaled, Sum, Transformed
 from . import cpu_int, reference, tune
 
 log = logging.getLogger(__name__)
@@ -119,6 +119,8 @@ def plain(format: Format, policy: Policy, memory: Memory) -> Route:
     """The route that always works and needs no measurement."""
     if isinstance(format, (Sum, Product, Transformed)):
         return _parts(format, policy, memory)
+    if isinstance(format, Scaled):
+        return _scaled(policy, memory)
     return CACHED if memory == "keep" else STREAMED
 
 
@@ -160,6 +162,16 @@ def _parts(format: Format, policy: Policy, memory: Memory) -> Route:
         return functools.reduce(operator.add, ys)
 
     return Route("parts", prepare, total if isinstance(format, Sum) else chain)
+
+
+def _scaled(policy: Policy, memory: Memory) -> Route:
+    """Multiply the input by t, then the inner weight through this same door."""
+
+    def run(x: Tensor, prepared: tuple[Scaled, dict], bias: Tensor | None) -> Tensor:
+        format, cache = prepared
+        return matmul((x * format.columns).to(x.dtype), format.inner, bias, cache, policy=policy, memory=memory)
+
+    return Route("parts", lambda format, dtype: (format, {}), run)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..formats import Format, Product, Sum, Transformed
+from ..formats import Format, Product, Scaled, Sum, Transformed
 
 
 def dense(format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -14,6 +14,8 @@ def dense(format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.linalg.multi_dot([dense(factor, dtype) for factor in format.factors])
     if isinstance(format, Transformed):
         return dense(format.inner, dtype) @ dense(format.transform, dtype).T
+    if isinstance(format, Scaled):
+        return dense(format.inner, dtype) * format.columns.to(dtype)
     return format.dequantize().to(dtype)
 
 

@@ -80,6 +80,8 @@ def supports(format: Format, x: Tensor) -> str | None:
     """None if `matmul` runs this, else the reason."""
     if not isinstance(format, IntGroup):
         return f"{type(format).__name__} is not IntGroup"
+    if format.zeros is not None and format.zeros.is_floating_point():
+        return "float zero points: the kernel's products are exact because q − z is an integer"
     if x.dtype not in DTYPES:
         return f"activations are {x.dtype}, not bf16, fp16 or fp32"
     if not (x.is_cuda or INTERPRET):

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
-from compress.formats import Dense, IntGroup, Masked, Product, Sparse24, Sum, Transformed, Trellis, build, packing
+from compress.formats import Dense, IntGroup, Lut, Masked, Product, Scaled, Sparse24, Sum, Transformed, Trellis, build, packing
 from compress.formats.int_group import check_group_size
 
 
@@ -71,6 +71,10 @@ def test_int_group_dequantizes_code_by_code(bits, sym, levels):
     lambda: Masked.pack(n_of_m(8, 12), int_group(n=64)[0]),
     lambda: Sparse24.pack(n_of_m(2, 4), Dense(torch.randn(6, 48).bfloat16()), 2, 4),
     lambda: Sum((Sparse24.pack(n_of_m(1, 3), int_group(n=32)[0], 1, 3), Product((Dense(torch.randn(6, 2)), Dense(torch.randn(2, 96)))))),
+    lambda: IntGroup.pack(int_group()[0].unpack(), torch.rand(6, 3).bfloat16(), 15 * torch.rand(6, 3).half(), 4),
+    lambda: Lut.pack(torch.randint(0, 16, (6, 96), dtype=torch.uint8), torch.randn(1, 16), torch.rand(6, 3).bfloat16(), "nf4"),
+    lambda: Lut.pack(torch.randint(0, 8, (5, 77), dtype=torch.uint8), torch.randn(5, 8).half(), None, "lut3"),
+    lambda: Scaled(Scaled(int_group()[0], torch.rand(96)), torch.rand(96).bfloat16()),
 ])  # fmt: skip
 def test_round_trip_through_a_file_and_bits_equal_bytes_on_disk(make, tmp_path):
     fmt = make()

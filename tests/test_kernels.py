@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is decorated, so before the import below
 pytest.importorskip("triton")
 
-from compress.formats import Dense, IntGroup, Product, Sum, Transformed
+from compress.formats import Dense, IntGroup, Product, Scaled, Sum, Transformed
 from compress.kernels import bench, cpu_int, dispatch, reference, triton_int, tune
 
 ROOT = Path(__file__).parent.parent
@@ -54,9 +54,10 @@ def test_reference_is_the_written_out_sum():
 
 def test_reference_runs_every_combinator():
     A, B, T = inputs(6, 4, seed=2), inputs(4, 8, seed=3), inputs(8, 8, seed=4)
-    format, x = make(6, 8, 4, 8), inputs(5, 8)
+    format, x, t = make(6, 8, 4, 8), inputs(5, 8), inputs(1, 8, seed=5)[0]
     W = format.dequantize().double()
-    for combined, exact in ((Sum((format, Product((Dense(A), Dense(B))))), W + A.double() @ B.double()), (Transformed(format, Dense(T)), W @ T.double().T)):
+    for combined, exact in ((Sum((format, Product((Dense(A), Dense(B))))), W + A.double() @ B.double()), (Transformed(format, Dense(T)), W @ T.double().T),
+                            (Scaled(format, t), W * t.double())):
         assert error(reference.matmul(x, combined, dtype=torch.float64), x.double() @ exact.T) < 1e-12
 
 
@@ -331,7 +332,8 @@ def combinators():
     rotation = Dense(torch.linalg.qr(draw(512, 512))[0])
     quantized = Product((make(512, 64, 4, 32), make(64, 512, 3, 128, asym=True)))
     return {"sum": Sum((make(**BIG), low_rank)), "product": low_rank, "quantized product": quantized, "wide product": Product((rotation, make(**BIG))),
-            "transformed": Transformed(make(**BIG, asym=True), rotation), "nested": Transformed(Sum((make(**BIG), low_rank)), rotation)}  # fmt: skip
+            "transformed": Transformed(make(**BIG, asym=True), rotation), "scaled": Scaled(make(**BIG), draw(512, 1)[:, 0]),
+            "nested": Transformed(Sum((make(**BIG), low_rank)), rotation)}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", combinators())

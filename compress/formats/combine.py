@@ -1,8 +1,9 @@
-"""The algebra over leaves: Sum, Product, Transformed. A method that mixes ideas returns one of these, not a layer class of its own.
+"""The algebra over leaves: Sum, Product, Transformed, Scaled. A method that mixes ideas returns one of these, not a layer class of its own.
 
     Sum(A, B)         A + B            quantized + low-rank correction, sparse + low rank
     Product(A, B)     A · B            low rank (two Dense), dense × sparse, quantized factors
     Transformed(A, T) A · Tᵀ           y = (x·T) Aᵀ: an online Hadamard or Kronecker transform of the input
+    Scaled(A, t)      A · diag(t)      y = (x·t) Aᵀ: one factor an input column, the diagonal transform
 """
 
 from __future__ import annotations
@@ -114,3 +115,29 @@ class Transformed(Format):
 
     def describe(self) -> str:
         return f"{self.inner.describe()} ∘ T"
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Format):
+    inner: Format  # [out, in], what is left of the matrix when its columns are divided by t
+    columns: Tensor  # t [in], any float dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.inner.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return (self.inner.dequantize() * self.columns.float()).to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _tensors((self.inner,)) | {"columns": self.columns}
+
+    def meta(self) -> dict:
+        return {"format": "Scaled", "inner": self.inner.meta()}
+
+    @classmethod
+    def from_tensors(cls, meta, tensors) -> Scaled:
+        return cls(_parts([meta["inner"]], tensors)[0], tensors["columns"])
+
+    def describe(self) -> str:
+        return f"{self.inner.describe()} · t"

@@ -3,7 +3,8 @@
     Ŵ[i, j] = (q[i, j] − z[i, g]) · s[i, g],   g = j // group_size
 
 The workhorse of weight quantization: 1 to 8 bits or ternary, symmetric or asymmetric, grouped or per channel (group_size = in). Codes are
-packed densely, so 3 bits cost 3 bits; zero points cost `bits` each; scales keep the 16 bits they were rounded to BEFORE the codes were
+packed densely, so 3 bits cost 3 bits; zero points cost `bits` each, or 16 where a method fits them as
+fractions of a step (HQQ); scales keep the 16 bits they were rounded to BEFORE the codes were
 chosen, so nothing is ever rounded twice.
 """
 
@@ -39,7 +40,7 @@ def check_group_size(in_features: int, group_size: int, where: str) -> int:
 class IntGroup(Format):
     codes: Tensor  # int32 [out, ceil(in·bits/32)]; ternary: uint8 [out, ceil(in/5)]
     scales: Tensor  # [out, groups] bf16, fp16 or fp32
-    zeros: Tensor | None  # uint8 [ceil(out·groups·bits/8)], the packed zero points; None: symmetric
+    zeros: Tensor | None  # uint8 [ceil(out·groups·bits/8)], the packed zero points, or float [out, groups]; None: symmetric
     shape: tuple[int, int]
     bits_per_code: int
     group_size: int
@@ -47,12 +48,13 @@ class IntGroup(Format):
 
     @classmethod
     def pack(cls, codes: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, levels: int | None = None) -> IntGroup:
-        """codes uint8 [out, in], scales [out, groups], zeros uint8 [out, groups] or None → the packed format."""
+        """codes uint8 [out, in], scales [out, groups], zeros uint8 or float [out, groups] or None → the packed format."""
         (out, n), groups = codes.shape, scales.shape[1]
         levels = levels or 2**bits
         packed = packing.pack_trits(codes) if levels == 3 else packing.pack_rows(codes, bits)
-        packed_zeros = None if zeros is None else packing.pack_bytes(zeros.reshape(1, -1), bits)[0]
-        return cls(packed, scales, packed_zeros, (out, n), bits, n // groups, levels)
+        if zeros is not None and not zeros.is_floating_point():
+            zeros = packing.pack_bytes(zeros.reshape(1, -1), bits)[0]
+        return cls(packed, scales, zeros, (out, n), bits, n // groups, levels)
 
     @classmethod
     def planned(cls, shape: tuple[int, int], bits: int, group_size: int, sym: bool, scale_dtype: torch.dtype, levels: int | None = None) -> IntGroup:
@@ -78,6 +80,8 @@ class IntGroup(Format):
         if self.zeros is None:
             zero = symmetric_zero(self.bits_per_code, self.levels)
             return torch.full((self.shape[0], self.groups), zero, device=self.scales.device)
+        if self.zeros.is_floating_point():
+            return self.zeros.float()
         count = self.shape[0] * self.groups
         return packing.unpack_bytes(self.zeros[None], count, self.bits_per_code).view(self.shape[0], self.groups).float()
 
@@ -100,4 +104,5 @@ class IntGroup(Format):
 
     def describe(self) -> str:
         size = "channel" if self.group_size == self.shape[1] else f"g{self.group_size}"
-        return f"{'ternary' if self.levels == 3 else f'int{self.bits_per_code}'} {size} {'sym' if self.zeros is None else 'asym'}"
+        zero = "sym" if self.zeros is None else "float zero" if self.zeros.is_floating_point() else "asym"
+        return f"{'ternary' if self.levels == 3 else f'int{self.bits_per_code}'} {size} {zero}"

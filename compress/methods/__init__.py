@@ -10,8 +10,12 @@ from .admm import ADMM
 from .awp import AWP
 from .dense_sparse import DenseSparse
 from .gptq import GPTQ
+from .hqq import HQQ
+from .lnq import LNQ
 from .magnitude import Magnitude
+from .nf import NF
 from .rtn import RTN
+from .sinq import SINQ
 from .slim import SLiM
 from .sparsegpt import SparseGPT
 from .svd import SVD
@@ -19,8 +23,8 @@ from .trellis import TrellisCoding
 from .wanda import Wanda
 
 METHODS = {
-    "rtn": RTN,
-    "gptq": GPTQ, "trellis": TrellisCoding,
+    "rtn": RTN, "nf": NF, "hqq": HQQ, "sinq": SINQ,
+    "gptq": GPTQ, "lnq": LNQ, "trellis": TrellisCoding,
     "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM,
     "svd": SVD, "slim": SLiM, "dense-sparse": DenseSparse,
 }  # fmt: skip

@@ -9,12 +9,13 @@ the columns before it; descent lets the early columns answer to the late ones (a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from .grid import Grid
+Project = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # column j, targets [m] → the nearest codes and the values they stand for
 
 
 @contextmanager
@@ -31,14 +32,10 @@ def one_thread(block: Tensor):
             torch.set_num_threads(threads)
 
 
-def descend(codes: Tensor, W: Tensor, H: Tensor, ridge: Tensor, g: Grid, scale: Tensor, zero: Tensor, sweeps: int, block_size: int,
-            keep: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Improve `codes` (uint8) in place; returns the error that is left. codes, W [n, m], one column of the layer a row; scale, zero [groups, m];
-    H_d = H [n, n] + diag(ridge [n]). Where keep [n, m] is False the value is 0, whatever the code."""
-    (n, m), size = W.shape, len(W) // len(scale)
-    Q = codes.to(W.dtype).view(-1, size, m).sub_(zero[:, None]).mul_(scale[:, None]).view(n, m)  # the values that the codes stand for
-    if keep is not None:
-        Q *= keep
+def descend(codes: Tensor, Q: Tensor, W: Tensor, H: Tensor, ridge: Tensor, project: Project, sweeps: int, block_size: int) -> Tensor:
+    """Improve `codes` (uint8) in place; returns the error that is left. codes, W and Q, the values that the codes stand for (used up), are
+    [n, m], one column of the layer a row; H_d = H [n, n] + diag(ridge [n])."""
+    n = len(W)
     E = Q - W
     D = (H @ E).addcmul_(ridge[:, None], E)  # [n, m], kept at H_d (Q − W)
     del E
@@ -50,14 +47,11 @@ def descend(codes: Tensor, W: Tensor, H: Tensor, ridge: Tensor, g: Grid, scale: 
             H_block, D_block, before = H[start:stop, start:stop] + ridge[start:stop].diag(), D[start:stop], Q[start:stop].clone()
             with one_thread(D_block):
                 for i in range(stop - start):
-                    j, k = start + i, (start + i) // size
-                    q = g.codes(Q[j].sub(D_block[i], alpha=inverse[j]), scale[k], zero[k])
-                    value = (q - zero[k]) * scale[k]
-                    if keep is not None:
-                        value *= keep[j]
+                    j = start + i
+                    code, value = project(j, Q[j].sub(D_block[i], alpha=inverse[j]))
                     D_block.addr_(H_block[i], value - Q[j])
                     Q[j] = value
-                    codes[j] = q.to(torch.uint8)
+                    codes[j] = code
             step = Q[start:stop] - before
             changed += int(step.count_nonzero())
             D[:start].addmm_(H[:start, start:stop], step)

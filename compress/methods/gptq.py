@@ -86,10 +86,15 @@ class GPTQ(IntOptions):
         codes = restored
         if (self.sweeps or self.refits) and not factor.failed:
             W, H, ridge = weight.T.contiguous(), stats.hessian, stats.ridge(factor)
-            loss = descend(codes, W, H, ridge, g, scale, zero, self.sweeps, self.block_size)
+
+            def descended() -> Tensor:
+                Q = codes.to(W.dtype).view(-1, size, m).sub_(zero[:, None]).mul_(scale[:, None]).view(n, m)
+                return descend(codes, Q, W, H, ridge, lambda j, w: g.project(w, scale[j // size], zero[j // size]), self.sweeps, self.block_size)
+
+            loss = descended()
             for _ in range(self.refits):
                 scale = refit_scales(codes, W, H, ridge, scale, zero, scale_dtype)
-                loss = descend(codes, W, H, ridge, g, scale, zero, self.sweeps, self.block_size)
+                loss = descended()
         return codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), loss
 
     def _sweep(self, W: Tensor, U: Tensor, g: grid.Grid, scale: Tensor, zero: Tensor, group_of: list[int], h: Tensor, fit) -> tuple[Tensor, Tensor]:
@@ -108,9 +113,8 @@ class GPTQ(IntOptions):
                     if not self.static_groups and column % size == 0:
                         self._refit(fit, W, E, U, h, start, i, size, scale, zero, k)
                     w, s, z = block[i], scale[k], zero[k]
-                    q = g.codes(w, s, z)
-                    codes[column] = q.to(torch.uint8)
-                    E[i] = e = (w - (q - z) * s) / diagonal[i]
+                    codes[column], value = g.project(w, s, z)
+                    E[i] = e = (w - value) / diagonal[i]
                     block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
             W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
             loss += E.double().square().sum()

@@ -33,6 +33,11 @@ class Grid:
         """The nearest level of each weight, as float codes; scale and zero broadcast against w. One rounding, used everywhere."""
         return (w / scale + zero).round_().clamp_(0, self.levels - 1)
 
+    def project(self, w: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Those codes and the values they stand for."""
+        q = self.codes(w, scale, zero)
+        return q, (q - zero) * scale
+
 
 def fit(W: Tensor, levels: int, bits: int, sym: Sym, clip: Clip, weight: Tensor | None, scale_dtype: torch.dtype, power: int = 2) -> Grid:
     """The grid of each group of W [out, groups, group_size] (fp32); for clip="hessian", `weight` [(out,) groups, group_size] is h and

@@ -86,7 +86,14 @@ def quantize(W: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions,
     c = Codes(m, n, check_group_size(n, options.group_size, "weight"), bits, options.sym, scale_dtype, W)
     _, keep = sweep(W, factor.U, options, keep, c)
     if options.sweeps and not factor.failed:
-        descend(c.codes, W.T.contiguous(), stats.hessian, stats.ridge(factor), c.grid, c.scale, c.zero, options.sweeps, BLOCK, keep.T.contiguous())
+        kept, size = keep.T.contiguous(), n // len(c.scale)
+
+        def project(j: int, w: Tensor) -> tuple[Tensor, Tensor]:  # what is pruned stays 0, whatever its code
+            code, value = c.grid.project(w, c.scale[j // size], c.zero[j // size])
+            return code, value * kept[j]
+
+        Q = c.codes.to(W.dtype).view(-1, size, m).sub_(c.zero[:, None]).mul_(c.scale[:, None]).view(n, m).mul_(kept)
+        descend(c.codes, Q, W.T.contiguous(), stats.hessian, stats.ridge(factor), project, options.sweeps, BLOCK)
     codes = c.codes.T[keep].view(m, -1)
     zeros = None if options.sym else c.zero.T.to(torch.uint8).contiguous()
     return options.holding(IntGroup.pack(codes, c.scale.T.to(scale_dtype).contiguous(), zeros, bits), (m, n), keep)
