@@ -10,7 +10,9 @@ import compress
 from compress.calibration.guidance import token_weights
 from compress.calibration.statistics import Stats
 from compress.checkpoint import Checkpoint
-from compress.methods import GPTQ
+from compress.methods.gptq import GPTQ
+from compress.methods.lnq import LNQ
+from compress.methods.trellis import TrellisCoding
 from compress.stream import Stream
 from compress.walk import sites_of
 
@@ -38,13 +40,17 @@ def loss(Q, x, original, missing, W):
     return float((x.double() @ Q.double().T - original.double() @ W.double().T - missing.double()).square().mean())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_propagated_targets_come_nearer_to_the_original_output_also_on_tokens_they_have_not_seen(bits):
+SOLVERS = {f"gptq{b}": lambda alpha, b=b: GPTQ(bits=b, group_size=16, propagate=alpha) for b in (2, 3, 4)}
+SOLVERS |= {"lnq": lambda alpha: LNQ(bits=3, propagate=alpha), "trellis": lambda alpha: TrellisCoding(bits=3, L=8, propagate=alpha)}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_propagated_targets_come_nearer_to_the_original_output_also_on_tokens_they_have_not_seen(solver):
     original, x, missing, W = two_streams()
     fit, unseen = slice(0, 2048), slice(2048, 4096)
     losses = {}
     for alpha in (0.0, 0.5, 1.0):
-        Q = GPTQ(bits=bits, group_size=16, propagate=alpha)(W, stats_of(x[fit], original[fit], missing[fit]), stored=torch.bfloat16).dequantize()
+        Q = SOLVERS[solver](alpha)(W, stats_of(x[fit], original[fit], missing[fit]), stored=torch.bfloat16).dequantize()
         losses[alpha] = loss(Q, x[unseen], original[unseen], missing[unseen], W)
     assert losses[1.0] < losses[0.5] < losses[0.0]
 

@@ -204,3 +204,8 @@ def test_unknown_names_list_the_valid_ones(name, tmp_path, monkeypatch):
 def test_nearest():
     assert nearest("group_sise", ["bits", "group_size"]) == ", did you mean group_size? (valid: bits, group_size)"
     assert nearest("zzz", {"bits", "act_order"}) == " (valid: act_order, bits)"
+
+
+def test_distilling_a_rewritten_model_is_refused():
+    with pytest.raises(CompressError, match="distill trains the model in its own basis"):
+        load({"name": "r", "steps": [{"method": "gptq"}], "views": ["fold_norms"], "distill": {"epochs": 1}})

@@ -28,31 +28,25 @@ from . import grid
 from .descent import descend, one_thread
 from .options import IntOptions
 from .refit import refit_scales
+from .target import TargetOptions
 
 
 @dataclass(frozen=True)
-class GPTQ(IntOptions):
+class GPTQ(TargetOptions, IntOptions):
     act_order: bool = True  # solve the columns with the loudest input first
     static_groups: bool = True  # fit every grid before the sweep; False refits each group on the compensated weights (needs act_order false)
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
     sweeps: int = 2  # rounds of coordinate descent on the codes after the column sweep; 0: the GPTQ of the paper
-    propagate: float = 0.0  # α of the target W + α·W C H_d⁻¹, which makes up for the errors of earlier layers; 0: every layer for itself
-    guided: bool = False  # weigh tokens by the squared gradient of the model's loss at this layer's output; False: all tokens alike
     refits: int = 0  # closed-form scale refits, each followed by the rounds of `sweeps`; 0: scales as fitted before the sweep
     block_size: int = 128  # columns between two updates of all later columns; changes the time, not the result
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"hessian"} | ({"cross"} if self.propagate else set()) | ({"guidance"} if self.guided else set()))
-
     def __post_init__(self):
-        super().__post_init__()
+        IntOptions.__post_init__(self)
+        TargetOptions.__post_init__(self)
         if self.act_order and not self.static_groups:
             raise CompressError("act_order without static_groups would need a group index at inference; set one of the two to match")
         if not 0 <= self.damp < math.inf:
             raise CompressError(f"damp {self.damp} must be a number from 0 up; 0.01 is usual")
-        if not 0 <= self.propagate <= 1:
-            raise CompressError(f"propagate {self.propagate} must lie in 0 ... 1; 0.5 is safe, 1 takes 4 tokens or more per input")
         if self.block_size < 1 or self.sweeps < 0 or self.refits < 0:
             raise CompressError(f"block_size {self.block_size} must be at least 1, sweeps {self.sweeps} and refits {self.refits} at least 0")
 
@@ -67,14 +61,7 @@ class GPTQ(IntOptions):
         (m, n), size = weight.shape, check_group_size(weight.shape[1], self.group_size, where)
         factor = stats.factor(self.damp, self.act_order)
         U, order = factor.U, factor.order
-        if stats.dead.any():  # an input that was always zero has no say: its weights become the grid's zero, and that is told
-            stats.note("inputs never active", f"{int(stats.dead.sum())} of {n} inputs were 0 on all {stats.count} tokens: their weights are set to 0")
-            weight = weight.masked_fill(stats.dead, 0)
-        if self.propagate and not factor.failed:
-            if stats.cross is None:
-                stats.note("errors not propagated", "no matching inputs of the original model")
-            else:
-                weight = weight + self.propagate * stats.propagated(weight, factor)
+        weight = self.target(weight, stats, factor)
         h = torch.empty_like(U[0]).index_copy_(0, order, U.diagonal() ** -2).view(-1, size)
         power = 3 if self.levels > 4 else 4
         fit = lambda W, h: grid.fit(W, self.levels, self.code_bits, self.sym, self.clip, h, scale_dtype, power)  # W [m, groups, size]

@@ -14,7 +14,7 @@ judged, and kept only where the row's error fell. Cost for W [m, n]: mn² for th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,22 +24,22 @@ from ..errors import CompressError
 from ..formats import Lut
 from .descent import descend, one_thread
 from .options import IntOptions
+from .target import TargetOptions
 
 CHUNK = 1 << 20  # weights whose tables are found together: bounds the temporaries
 LLOYD = 100  # iterations of k-means, at most; some 20 to 60 are needed
 
 
 @dataclass(frozen=True)
-class LNQ:
+class LNQ(TargetOptions):
     bits: Literal[1, 2, 3, 4] = 3  # bits of a code; the table of a row has 2**bits values
     rounds: int = 2  # table refits, each followed by coordinate descent on the codes; 0: the tables of k-means
     sweeps: int = 2  # rounds of coordinate descent after the column sweep and after every refit
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
     block_size: int = 128  # columns between two updates of all later columns; changes the time, not the result
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-
     def __post_init__(self):
+        super().__post_init__()
         if self.rounds < 0 or self.sweeps < 0 or not 0 <= self.damp < torch.inf or self.block_size < 1:
             raise CompressError(f"rounds {self.rounds}, sweeps {self.sweeps} and damp {self.damp} must be at least 0, block_size {self.block_size} at least 1")
 
@@ -57,6 +57,7 @@ class LNQ:
     def solve(self, weight: Tensor, stats: Stats, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Codes uint8 [out, in], tables [out, 2**bits], ascending and representable in `dtype`, and the error in the damped H-norm."""
         factor = stats.factor(self.damp, True)
+        weight = self.target(weight, stats, factor)
         W, H, ridge = weight.T.contiguous(), stats.hessian, stats.ridge(factor)  # one column of the layer a row, as in gptq
         h = torch.empty_like(H[0]).index_copy_(0, factor.order, factor.U.diagonal() ** -2)
         table = torch.cat([quartic_means(part, h, 2**self.bits) for part in weight.split(max(1, CHUNK // len(W)))])

@@ -3,7 +3,7 @@
     W ≈ Ŵ · diag(t),   Ŵ = RTN(W · diag(1/t)),   t such that rows and columns of diag(1/r) W diag(1/t) have about the same standard deviation
 
 One scale a group must serve the outlier of any column in it; t takes the columns' share first, so outliers of single weights are all that is
-left (Müller et al., arXiv 2509.22944). r and t are found by turns, dividing by the standard deviations of rows and columns as Sinkhorn's
+left (Müller et al., arXiv 2509.22944). Each turn divides r and t by the standard deviations of rows and columns as Sinkhorn's
 iteration divides by sums, and the pair of least imbalance max σ / min σ is kept. r itself is not stored: rounding with one scale a group of a row
 is the same for r·w as for w. What we do differently: the span of a group may be clipped, at the same size and a fifth less KL at 2 bits. t
 costs 16/out bits a weight and one multiplication of the input, or nothing once it is folded into a norm.

@@ -15,7 +15,6 @@ after it: 0.3 % less error at L = 12 for half as much time again. Cost: some 12 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from ..errors import CompressError
 from ..formats import Trellis
 from ..formats.trellis import RATES, digits, states, step_sizes, stream_length
 from .descent import one_thread
+from .target import TargetOptions
 from .viterbi import Viterbi
 
 BLOCK = 128  # columns between two updates of all later columns
@@ -33,16 +33,15 @@ STREAMS = 16  # searched together: narrow layers solve up to 8 columns as one fo
 
 
 @dataclass(frozen=True)
-class TrellisCoding:
+class TrellisCoding(TargetOptions):
     bits: float = 2  # mean bits of a weight, from 1 to 5; 2.5 works as well
     L: int = 12  # bits of trellis state; each one more doubles the time, 10 costs 8 to 15 % more error than 12
     length: int = 128  # weights of a stream at most
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
     seed: int = 0  # of the signs before the Hadamard transform
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-
     def __post_init__(self):
+        super().__post_init__()
         if not 1 <= self.bits <= 5:
             raise CompressError(f"bits {self.bits} must lie between 1 and 5; use gptq for more")
         if not 6 <= self.L <= 16:
@@ -61,12 +60,10 @@ class TrellisCoding:
     def solve(self, weight: Tensor, stats: Stats) -> tuple[Trellis, float]:
         """The format and Σe², its error in the damped H-norm."""
         m, n = weight.shape
-        if stats.dead.any():  # an input that was always zero has no say: its weights get no bits, and that is told
-            stats.note("inputs never active", f"{int(stats.dead.sum())} of {n} inputs were 0 on all {stats.count} tokens: their weights are set to 0")
-            weight = weight.masked_fill(stats.dead, 0)
+        factor = stats.factor(self.damp, True)
+        weight = self.target(weight, stats, factor)
         V = hadamard.transform(weight.T.contiguous(), hadamard.signs(m, self.seed, weight.device).to(weight))  # [n, m], one column a row
         energy = V.square().mean(1)
-        factor = stats.factor(self.damp, True)
         price = torch.empty_like(energy).index_copy_(0, factor.order, factor.U.diagonal() ** -2)
         rates = allocate(energy * price, int(self.bits * n))
         loud = torch.argsort(energy * stats.hessian.diagonal(), descending=True, stable=True)

@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from itertools import chain
 from pathlib import Path
 
 import compress
@@ -48,7 +49,7 @@ def main() -> None:
     texts = [f"{Path(t).stem}, {n} windows: perplexity · KL · top-1" for t, n in zip(a.evaluation, a.windows, strict=True)]
     lines = ["| recipe | bits | " + " | ".join(texts) + " | seconds | peak RSS, MB |", "|---" * (len(texts) + 4) + "|"]
     with tempfile.TemporaryDirectory() as folder:
-        for line in (*lines, *(row(recipe, a, Path(folder)) for recipe in a.recipes)):
+        for line in chain(lines, (row(recipe, a, Path(folder)) for recipe in a.recipes)):  # lazily: a row is kept as soon as it is there
             print(line, flush=True)
             if a.markdown:
                 with open(a.markdown, "a", encoding="utf-8") as file:

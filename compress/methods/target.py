@@ -1,0 +1,47 @@
+"""Target: which weight a second-order solver should come near to, and which statistics it takes to know.
+
+    plain        W              every layer for itself
+    propagated   W + α (W C + D) H_d⁻¹
+
+The second is the minimiser of ‖Ŵx − (Wx̃ + d)‖², x what the layer sees behind compressed layers, x̃ what the original saw in its place, d what the
+residual stream lacks where the layer adds to it: any solver on that target is a solver of the asymmetric problem (GPTAQ, arXiv 2504.02692; QEP, arXiv
+2504.09629; in this exact form, and with d, ours).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..calibration.statistics import Factor, Stats
+from ..errors import CompressError
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """What every solver of this kind lets a user choose."""
+
+    propagate: float = 0.0  # α of the target, which makes up for the errors of earlier layers; 0: every layer for itself
+    guided: bool = False  # weigh tokens by the squared gradient of the model's loss at this layer's output; False: all tokens alike
+
+    def __post_init__(self):
+        if not 0 <= self.propagate <= 1:
+            raise CompressError(f"propagate {self.propagate} must lie in 0 ... 1; 0.5 is safe, 1 takes 4 tokens or more per input")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"hessian"} | ({"cross"} if self.propagate else set()) | ({"guidance"} if self.guided else set()))
+
+    def target(self, weight: Tensor, stats: Stats, factor: Factor) -> Tensor:
+        """The weight [out, in] to come near to; columns of inputs that were always zero are zeroed, for they have no say, and that is told."""
+        if stats.dead.any():
+            stats.note("inputs never active",
+                       f"{int(stats.dead.sum())} of {weight.shape[1]} inputs were 0 on all {stats.count} tokens: their weights are set to 0")  # fmt: skip
+            weight = weight.masked_fill(stats.dead, 0)
+        if not self.propagate or factor.failed:
+            return weight
+        if stats.cross is None:
+            stats.note("errors not propagated", "no matching inputs of the original model")
+            return weight
+        return weight + self.propagate * stats.propagated(weight, factor)
