@@ -157,7 +157,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     code = "from setuptools import build_meta as b; print(b.build_{}(r'" + str(root) + "'))"
     sdist = root / python(code.format("sdist"), root / "tree").splitlines()[-1]
     with tarfile.open(sdist) as archive:
-        archive.extractall(root, filter="data")
+        archive.extractall(root, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # 3.11.2, Debian's, has none
     return sdist, root / python(code.format("wheel"), root / sdist.name.removesuffix(".tar.gz")).splitlines()[-1]
 
 
