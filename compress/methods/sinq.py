@@ -3,10 +3,10 @@
     W ≈ Ŵ · diag(t),   Ŵ = RTN(W · diag(1/t)),   t such that rows and columns of diag(1/r) W diag(1/t) have about the same standard deviation
 
 One scale a group must serve the outlier of any column in it; t takes the columns' share first, so outliers of single weights are all that is
-left (Müller et al., arXiv 2509.22944). Each turn divides r and t by the standard deviations of rows and columns as Sinkhorn's
-iteration divides by sums, and the pair of least imbalance max σ / min σ is kept. r itself is not stored: rounding with one scale a group of a row
-is the same for r·w as for w. What we do differently: the span of a group may be clipped, at the same size and a fifth less KL at 2 bits. t
-costs 16/out bits a weight and one multiplication of the input, or nothing once it is folded into a norm.
+left (Müller et al., arXiv 2509.22944). Every turn divides by the standard deviations of rows and columns, as Sinkhorn's iteration divides by
+sums; the r and t of least imbalance max σ / min σ are kept. r itself is not stored: rounding with one scale a group of a row is the same for r·w
+as for w. What we do differently: the span of a group may be clipped, at the same size and a fifth less KL at 2 bits. t costs 16/out bits a
+weight and one multiplication of the input, or nothing once it is folded into a norm.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOTAL = 1e-3, 1e3  # bounds of t
 class SINQ(RTN):
     group_size: int = 64  # input columns that share a scale; -1: one scale a row
     clip: Literal["none", "mse"] = "mse"  # how the span of a group of the normalised weight is shrunk; "none": min to max, as in the paper
-    iterations: int = 16  # turns of normalising rows and columns; 0: rounding to nearest with t = 1
+    iterations: int = 16  # turns of normalising rows and columns; 0: t = 1, which is rtn
 
     def __post_init__(self):
         super().__post_init__()
