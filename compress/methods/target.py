@@ -34,11 +34,8 @@ class TargetOptions:
         return frozenset({"hessian"} | ({"cross"} if self.propagate else set()) | ({"guidance"} if self.guided else set()))
 
     def target(self, weight: Tensor, stats: Stats, factor: Factor) -> Tensor:
-        """The weight [out, in] to come near to; columns of inputs that were always zero are zeroed, for they have no say, and that is told."""
-        if stats.dead.any():
-            stats.note("inputs never active",
-                       f"{int(stats.dead.sum())} of {weight.shape[1]} inputs were 0 on all {stats.count} tokens: their weights are set to 0")  # fmt: skip
-            weight = weight.masked_fill(stats.dead, 0)
+        """The weight [out, in] to come near to; inputs that were always zero have no say, so their weights are zeroed first."""
+        weight = stats.silence(weight)
         if not self.propagate or factor.failed:
             return weight
         if stats.cross is None:
