@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,10 +119,10 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         batch = max(1, BATCH_TOKENS // (data.tokens.shape[1] if data else seqlen))
         generator = torch.Generator().manual_seed(seed)
         probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
-        enter = lambda: Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent)
-        stream = enter() if data else None
-        original = enter() if data and ("cross" in needs or chosen.tune or chosen.distill) else None
-        guidance = token_weights(enter(), seed) if "guidance" in needs else None
+        enter = partial(Stream, source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if data else None
+        stream = enter() if enter else None
+        original = enter() if enter and ("cross" in needs or chosen.tune or chosen.distill) else None
+        guidance = token_weights(enter(), seed) if enter and "guidance" in needs else None
         headers: dict[str, dict] = {}
         copy_outer(source, writer, headers)
         resumed = 0
@@ -133,7 +134,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                 log(done)
                 if strict:
                     _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
-        if chosen.distill:
+        if chosen.distill and data and original:
             teacher = original.tail()
             _distill.finish(chosen.distill, writer, headers, lambda: _whole(source, device, source.dtype), source.blocks_path, data.tokens, data.mask,
                             lambda rows: teacher(original.hidden[rows].to(device)), seed=seed, watch=lambda todo: progress.steps(todo, "distilling", show))

@@ -10,7 +10,7 @@ its last hidden states were kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +44,7 @@ DELTA = "distilled"  # the shard that holds what was learned until every block's
 
 
 def finish(options: Distill, writer: Writer, headers: dict[str, dict], whole: Callable[[], nn.Module], blocks: str, tokens: Tensor, mask: Tensor | None,
-           teacher: Callable[[slice], Tensor], *, seed: int, watch: Callable[[Iterable], Iterator]) -> None:  # fmt: skip
+           teacher: Callable[[slice], Tensor], *, seed: int, watch: Callable[[Sequence], Iterable]) -> None:  # fmt: skip
     """Distill the model whose blocks are all committed, and write every block's shard anew; `headers` is brought up to date.
 
     What was learned is committed once, as one shard, before the first block is rewritten: a run killed in between goes on from there.
@@ -74,7 +74,7 @@ def finish(options: Distill, writer: Writer, headers: dict[str, dict], whole: Ca
 
 
 def distill(options: Distill, model: nn.Module, blocks: str, formats: dict[str, Format], tokens: Tensor, mask: Tensor | None,
-            teacher: Callable[[slice], Tensor], *, seed: int, watch: Callable[[Iterable], Iterator] = iter
+            teacher: Callable[[slice], Tensor], *, seed: int, watch: Callable[[Sequence], Iterable] = iter
             ) -> tuple[dict[str, Format], dict[str, Tensor], float, float]:  # fmt: skip
     """Better formats, better norm weights by name, and the held-out KL in nats before and after.
 
@@ -113,7 +113,7 @@ def distill(options: Distill, model: nn.Module, blocks: str, formats: dict[str, 
     masters = {name: p.detach().float().clone() for name, p in norms.items()}  # bf16 is too coarse for small steps
     adam = torch.optim.Adam([*(t.log_s for t in trained.values()), *masters.values()], lr=options.scale_lr, betas=(0.9, 0.95))
     steps = options.epochs * -(-(len(tokens) - judges) // batch)
-    order, starts = torch.Generator().manual_seed(seed), []
+    order, starts = torch.Generator().manual_seed(seed), list[int]()
     for step in watch(range(steps)):
         starts = starts or (torch.randperm(-(-(len(tokens) - judges) // batch), generator=order) * batch).tolist()
         first = starts.pop()

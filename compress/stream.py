@@ -266,14 +266,14 @@ class Stream:
             if reader:
                 handles.append(block.get_submodule(reader).register_forward_pre_hook(lambda module, seen: finish(name, args[0], seen[0])))
             else:
-                held[:] = [name, args[0]]
+                held.append((name, args[0]))
             return torch.zeros_like(y)
 
         def finish(name, x, residual):
             act(name, x, residual)
             raise Reached
 
-        held: list = []
+        held: list[tuple[str, Tensor]] = []
         for name, path in sites.items():
             handles.append(block.get_submodule(path).register_forward_pre_hook(partial(pre, name)))
             if reader is not None:
@@ -281,8 +281,8 @@ class Stream:
         try:
             with suppress(Reached):
                 out = self.forward(block, rows, self.calls[self.at][i])
-                if held:
-                    act(*held, out)
+                for name, x in held:
+                    act(name, x, out)
         finally:
             for handle in handles:
                 handle.remove()

@@ -60,7 +60,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
         _release(block)
         header = writer.header(shard)
         if header is not None:
-            twin = original and _twin(block)
+            twin = block if original is None else _twin(block)
             tensors = writer.read(shard)
             restore(block, name, header, tensors)
             for layer, record in header["layers"].items():
@@ -76,15 +76,15 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
             plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
             if stream is not None:
                 _prepare(recipe, block, sites, {path: method for path, (_, method) in plan.items()}, stream)
-            twin = original and _twin(block)
-            pair, counts = original and (original, twin), guidance and guidance[i]
+            twin = block if original is None else _twin(block)
+            pair, counts = None if original is None else (original, twin), {} if guidance is None else guidance[i]
             for done, weight in _compress_block(source, recipe, block, name, sites, plan, stream, pair, counts, fallbacks):
                 layers[done.name], formats[done.name.removeprefix(name + ".")] = done.record, weight
                 yield done
             if original is not None:
                 original.advance(twin)
-            training = {}
-            if recipe.tune is not None:
+            training: dict[str, list[float]] = {}
+            if recipe.tune is not None and stream is not None and original is not None:
                 stream.thaw()
                 formats, *training[name] = tune_block(recipe.tune, block, twin, stream, original.hidden, formats)
                 if training[name][1] >= training[name][0]:
@@ -98,7 +98,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
 
 
 def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: str, sites: tuple[Site, ...], plan: dict[str, tuple], stream: Stream | None,
-                    original: tuple[Stream, nn.Module] | None, guidance: dict[str, Tensor] | None, fallbacks: list[dict]
+                    original: tuple[Stream, nn.Module] | None, guidance: dict[str, Tensor], fallbacks: list[dict]
                     ) -> Iterator[tuple[Done, Format]]:  # fmt: skip
     at = int(name.rpartition(".")[2])
     waiting = set(plan)

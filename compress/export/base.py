@@ -46,7 +46,8 @@ class Source(ArtifactCheckpoint):
 
     def __init__(self, folder: Path, trust_remote_code: bool = False):
         super().__init__(folder, read_manifest(folder), trust_remote_code)
-        self.notes: list[Fallback] = []  # what the result does not carry as asked, for the screen and the model card
+        # what the result does not carry as asked, for the screen and the model card
+        self.notes: list[Fallback] = []  # type: ignore[assignment]
 
     @property
     def layers(self) -> dict:
