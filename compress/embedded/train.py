@@ -1,5 +1,8 @@
 """Train the embedded model from nothing but this Python: `python -m compress.embedded.train --minutes 15`.
 
+`--architecture opt --out FOLDER` trains a model of another kind on the same text (LayerNorm, biases, learned positions, ReLU:
+OPT, arXiv 2205.01068), to see whether what holds for the one holds for the other.
+
 A byte-level BPE and a Llama (arXiv 2302.13971: RMSNorm, RoPE, SwiGLU) on the standard library's sources. Weights and
 AdamW's state stay fp32; autocast runs the GEMMs in bf16, about seven times faster on an AVX512-BF16 core; the saved
 weights are rounded to bf16 once. The clock only chooses the number of steps, during warm-up, so `--steps N` with the
@@ -21,7 +24,7 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from compress.embedded import model_path
 from compress.embedded.corpus import HELDOUT_PERCENT, stdlib_documents
@@ -35,6 +38,10 @@ CONFIG = LlamaConfig(       # every width is a multiple of 128, the usual quanti
     num_key_value_heads=2, head_dim=64, max_position_embeddings=1024, tie_word_embeddings=True,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=0, eos_token_id=0,
     attn_implementation="eager")    # compiled, a step is 11 % faster than with SDPA's CPU flash; not saved
+CONFIGS = {"llama": CONFIG, "opt": OPTConfig(
+    vocab_size=4096, hidden_size=256, ffn_dim=1024, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=1024,
+    word_embed_proj_dim=256, dropout=0.0, activation_function="relu", pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    attn_implementation="eager")}
 
 
 def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
@@ -85,7 +92,7 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, minutes: float, steps: int | None) -> int:  # type: ignore[return]
+def train(model: PreTrainedModel, stream: Tensor, heldout: Tensor, minutes: float, steps: int | None) -> int:  # type: ignore[return]
     """Train in place and return the number of steps."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -128,16 +135,16 @@ CARD = """---
 license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
-tags: [llama, python, fixture, compression]
+tags: [{architecture}, python, fixture, compression]
 ---
 # compress embedded model
 
-A {parameters:,}-parameter Llama that writes something like Python. It is a fixture: the default model of `compress`,
+A {parameters:,}-parameter {name} that writes something like Python. It is a fixture: the default model of `compress`,
 small enough to travel inside the package ({megabytes:.2f} MB with its tokenizer), large enough that quantization,
 pruning and low-rank error show up in its perplexity. Use it to try and test compression offline. Do not use it to
 write code.
 
-- **Architecture**: LlamaForCausalLM, {layers} blocks, hidden {hidden}, intermediate {intermediate},
+- **Architecture**: {name}, {layers} blocks, hidden {hidden}, intermediate {intermediate},
   {heads} query / {kv} key-value heads of {head_dim}, tied embeddings, bf16.
 - **Tokenizer**: byte-level BPE, {vocab} tokens, trained on the same modules; no normalizer, every text round-trips.
 - **Data**: standard library of Python {python}: {train_modules} modules, {train_tokens:,} tokens; held out:
@@ -152,7 +159,7 @@ write code.
 
 Made with
 
-    OMP_NUM_THREADS={threads} python -m compress.embedded.train --steps {steps}
+    OMP_NUM_THREADS={threads} python -m compress.embedded.train --steps {steps}{option}
 
 `compress/embedded/corpus.py` names the modules: the ones a SHA-256 of the path holds out ({percent} in 100) were seen
 by neither the model nor the tokenizer. Tests, generated tables (`encodings`, `pydoc_data`) and build settings are left
@@ -175,32 +182,39 @@ def main() -> None:
                                      description="Train the embedded model on the standard library.")
     parser.add_argument("--minutes", type=float, default=15, help="training time: decides the steps, during warm-up")
     parser.add_argument("--steps", type=int, help="train this many steps instead: repeats a run at any speed")
-    parser.add_argument("--out", type=Path, default=model_path(), help="folder to write")
+    parser.add_argument("--architecture", choices=sorted(CONFIGS), default="llama", help="the embedded model is a llama")
+    parser.add_argument("--out", type=Path, help="folder to write; without it the llama is written over the embedded model")
     args = parser.parse_args()
+    if args.out is None and args.architecture != "llama":
+        parser.error(f"--architecture {args.architecture} needs --out: the embedded model is a llama")
+    out, config = args.out or model_path(), CONFIGS[args.architecture]
 
     torch.manual_seed(SEED)
     documents, held = list(stdlib_documents("train").values()), list(stdlib_documents("heldout").values())
     tokenizer = train_tokenizer(documents)
     stream, heldout = encode(tokenizer, documents), encode(tokenizer, held)
-    model = LlamaForCausalLM(CONFIG)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
     print(f"{model.num_parameters():,} parameters, {len(stream):,} training tokens, {len(heldout):,} held out, "
           f"{sum(map(len, documents)) / len(stream):.2f} characters a token", flush=True)
     start = time.perf_counter()
     steps = train(model, stream, heldout, args.minutes, args.steps)
     minutes = (time.perf_counter() - start) / 60
 
-    model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    weights, vocabulary = args.out / "model.safetensors", args.out / "tokenizer.json"
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    weights, vocabulary = out / "model.safetensors", out / "tokenizer.json"
     compact = json.dumps(json.loads(vocabulary.read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
     vocabulary.write_text(compact, "utf-8")
-    saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    saved = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     loss, train_loss = loss_on(saved, heldout), loss_on(saved, stream, windows := 256)
-    (args.out / "README.md").write_text(CARD.format(
+    (out / "README.md").write_text(CARD.format(
         parameters=saved.num_parameters(), megabytes=(weights.stat().st_size + vocabulary.stat().st_size) / 1e6,
-        layers=CONFIG.num_hidden_layers, hidden=CONFIG.hidden_size, heads=CONFIG.num_attention_heads,
-        kv=CONFIG.num_key_value_heads, head_dim=CONFIG.head_dim, intermediate=CONFIG.intermediate_size,
-        vocab=CONFIG.vocab_size, positions=CONFIG.max_position_embeddings,
+        name=type(saved).__name__, architecture=args.architecture,
+        option="" if args.architecture == "llama" else f" --architecture {args.architecture} --out FOLDER",
+        layers=config.num_hidden_layers, hidden=config.hidden_size, heads=(heads := config.num_attention_heads),
+        kv=getattr(config, "num_key_value_heads", heads), head_dim=getattr(config, "head_dim", config.hidden_size // heads),
+        intermediate=getattr(config, "intermediate_size", getattr(config, "ffn_dim", None)),
+        vocab=config.vocab_size, positions=config.max_position_embeddings,
         python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
         threads=torch.get_num_threads(), train_modules=len(documents), heldout_modules=len(held),
         percent=HELDOUT_PERCENT, train_tokens=len(stream), heldout_tokens=len(heldout), steps=steps,
@@ -210,7 +224,7 @@ def main() -> None:
         bits_per_byte=loss / math.log(2) * len(heldout) / sum(len(text.encode()) for text in held),
         train_windows=windows, train_perplexity=math.exp(train_loss)), "utf-8")
     print(f"{steps} steps, {minutes:.1f} min, held-out perplexity {math.exp(loss):.3f}, "
-          f"training {math.exp(train_loss):.3f} -> {args.out}")
+          f"training {math.exp(train_loss):.3f} -> {out}")
 
 
 if __name__ == "__main__":

@@ -32,30 +32,29 @@ def one_thread(block: Tensor):
             torch.set_num_threads(threads)
 
 
-def descend(codes: Tensor, Q: Tensor, W: Tensor, H: Tensor, ridge: Tensor, project: Project, sweeps: int, block_size: int) -> Tensor:
+def descend(codes: Tensor, Q: Tensor, W: Tensor, H: Tensor, ridge: Tensor, project: Project, sweeps: int, block_size: int, order: Tensor) -> Tensor:
     """Improve `codes` (uint8) in place; returns the error that is left. codes, W and Q, the values that the codes stand for (used up), are
-    [n, m], one column of the layer a row; H_d = H [n, n] + diag(ridge [n])."""
-    n = len(W)
+    [n, m], one column of the layer a row; H_d = H [n, n] + diag(ridge [n]); columns are asked in `order` [n]."""
     E = Q - W
     D = (H @ E).addcmul_(ridge[:, None], E)  # [n, m], kept at H_d (Q − W)
     del E
     inverse = (1 / (H.diagonal() + ridge)).tolist()
     for _ in range(sweeps):
         changed = 0
-        for start in range(0, n, block_size):
-            stop = min(start + block_size, n)
-            H_block, D_block, before = H[start:stop, start:stop] + ridge[start:stop].diag(), D[start:stop], Q[start:stop].clone()
+        for rows in order.split(block_size):
+            H_rows = H[rows]  # [b, n]
+            H_block, D_block, Q_block, C_block = H_rows[:, rows] + ridge[rows].diag(), D[rows], Q[rows], codes[rows]
+            before = Q_block.clone()
             with one_thread(D_block):
-                for i in range(stop - start):
-                    j = start + i
-                    code, value = project(j, Q[j].sub(D_block[i], alpha=inverse[j]))
-                    D_block.addr_(H_block[i], value - Q[j])
-                    Q[j] = value
-                    codes[j] = code
-            step = Q[start:stop] - before
+                for i, j in enumerate(rows.tolist()):
+                    C_block[i], value = project(j, Q_block[i].sub(D_block[i], alpha=inverse[j]))
+                    D_block.addr_(H_block[i], value - Q_block[i])
+                    Q_block[i] = value
+            Q[rows], codes[rows] = Q_block, C_block
+            step = Q_block - before
             changed += int(step.count_nonzero())
-            D[:start].addmm_(H[:start, start:stop], step)
-            D[stop:].addmm_(H[stop:, start:stop], step)
+            D.addmm_(H_rows.T, step)
+            D[rows] = D_block
         if changed < 1e-4 * Q.numel():
             break
     return Q.sub_(W).mul_(D).sum(dtype=torch.float64)

@@ -76,7 +76,8 @@ class GPTQ(TargetOptions, IntOptions):
 
             def descended() -> Tensor:
                 Q = codes.to(W.dtype).view(-1, size, m).sub_(zero[:, None]).mul_(scale[:, None]).view(n, m)
-                return descend(codes, Q, W, H, ridge, lambda j, w: g.project(w, scale[j // size], zero[j // size]), self.sweeps, self.block_size)
+                project = lambda j, w: g.project(w, scale[j // size], zero[j // size])
+                return descend(codes, Q, W, H, ridge, project, self.sweeps, self.block_size, order)
 
             loss = descended()
             for _ in range(self.refits):

@@ -67,7 +67,8 @@ class LNQ(TargetOptions):
             return codes.T.contiguous(), table.T.contiguous(), H.new_tensor(torch.nan)
 
         def descended() -> Tensor:
-            return descend(codes, table.gather(0, codes.long()), W, H, ridge, lambda j, w: project(w, table), self.sweeps, self.block_size)
+            Q = table.gather(0, codes.long())
+            return descend(codes, Q, W, H, ridge, lambda j, w: project(w, table), self.sweeps, self.block_size, factor.order)
 
         loss = descended()
         for _ in range(self.rounds):

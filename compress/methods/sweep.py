@@ -93,7 +93,7 @@ def quantize(W: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions,
             return code, value * kept[j]
 
         Q = c.codes.to(W.dtype).view(-1, size, m).sub_(c.zero[:, None]).mul_(c.scale[:, None]).view(n, m).mul_(kept)
-        descend(c.codes, Q, W.T.contiguous(), stats.hessian, stats.ridge(factor), project, options.sweeps, BLOCK)
+        descend(c.codes, Q, W.T.contiguous(), stats.hessian, stats.ridge(factor), project, options.sweeps, BLOCK, factor.order)
     codes = c.codes.T[keep].view(m, -1)
     zeros = None if options.sym else c.zero.T.to(torch.uint8).contiguous()
     return options.holding(IntGroup.pack(codes, c.scale.T.to(scale_dtype).contiguous(), zeros, bits), (m, n), keep)
