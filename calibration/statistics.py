@@ -7,12 +7,14 @@ upper block triangle only, and mirrored at the end: same tokens, same bytes. Whe
 original model give
 
     C = (1/T) Σ_t (x̃_t − x_t) x_tᵀ          x̃ the input that the original layer sees, x the one behind compressed layers
+
+The means are kept too: where a layer's bias may move, what is left to explain are the moments about them (`centred`).
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -56,8 +58,10 @@ class Stats:
     total: float = 0.0  # the sum of their weights; the same number where tokens count alike
     missing: Tensor | None = None  # [out, n] fp32, (1/T) Σ_t d_t x_tᵀ with d what the residual stream already lacks where the layer adds to it
     cross: Tensor | None = None  # [n, n] fp32, C; None where no method asked, or where the two streams cannot be matched
+    means: dict[str, Tensor] = field(default_factory=dict)  # fp32: of "x" [n], and where they were given "original" [n] and "missing" [out]
     fallbacks: list[dict] = field(default_factory=list)
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict)
+    _centred: Stats | None = None
 
     @classmethod
     def zeros(cls, n: int, device: torch.device | str = "cpu") -> Stats:
@@ -89,6 +93,9 @@ class Stats:
                 self.cross = _plus(self.cross, parts["original"], y)
             if missing is not None:
                 self.missing = _plus(self.missing, parts["missing"], y)
+        for name in parts.keys() - {"weight"}:
+            value = (parts[name] if weight is None else parts[name] * weight).sum(0)
+            self.means[name] = value if name not in self.means else self.means[name] + value
 
     def finish(self) -> Stats:
         """Mirror the upper triangle and divide by the weight of the tokens."""
@@ -100,7 +107,22 @@ class Stats:
                 self.cross.div_(self.total).sub_(H)
             if self.missing is not None:
                 self.missing /= self.total
+            self.means = {name: mean / self.total for name, mean in self.means.items()}
         return self
+
+    def centred(self) -> Stats:
+        """The same about the means: what a layer whose bias is free answers for. Fallbacks are shared."""
+        if self._centred is None:
+            x, moved = self.means["x"], self.means.get("original", self.means["x"]) - self.means["x"]
+            about = lambda M, left: None if M is None else torch.addr(M, left, x, alpha=-1)
+            self._centred = replace(self, hessian=about(self.hessian, x), cross=about(self.cross, moved),
+                                    missing=about(self.missing, self.means.get("missing", x)), _factors={})  # fmt: skip
+        return self._centred
+
+    def bias(self, W: Tensor, W_hat: Tensor) -> Tensor:
+        """[out]: what to add to the bias for the mean output to be the original's, once Ŵ [out, n] has taken the place of W."""
+        shift = W @ self.means.get("original", self.means["x"]) - W_hat @ self.means["x"]
+        return shift + self.means["missing"].to(shift) if "missing" in self.means else shift
 
     def note(self, what: str, detail: str) -> None:
         """Record, once, something that did not go as asked."""

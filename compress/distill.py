@@ -55,10 +55,13 @@ def finish(options: Distill, writer: Writer, headers: dict[str, dict], whole: Ca
         return
     delta = writer.header(DELTA)
     if delta is None:
-        formats = {layer: build(r["format"], {t: tensors[f"{layer}.{t}"] for t in r["tensors"]})
-                   for s in shards for tensors in [writer.read(s)] for layer, r in headers[s]["layers"].items()}  # fmt: skip
-        model = whole()
+        model, formats = whole(), {}
         unfuse_experts(model)
+        for s in shards:
+            tensors = writer.read(s)
+            for layer, r in headers[s]["layers"].items():
+                formats[layer] = build(r["format"], {t: tensors.pop(f"{layer}.{t}") for t in r["tensors"]})
+            model.load_state_dict(tensors, strict=False)  # biases that were corrected
         made, norms, before, after = distill(options, model, blocks, formats, tokens, mask, teacher, seed=seed, watch=watch)
         learned = {f"{layer}.{t}": value for layer, f in made.items() for t, value in f.tensors().items()} | norms
         notes = [] if after < before else [{"what": "distilling undone", "where": "model", "count": 1, "detail": f"held-out KL {before:.3e} did not fall"}]

@@ -137,17 +137,21 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: 
                         seen.note("no calibration tokens, rounded to nearest", "none was routed here")
                 elif "guidance" in method.needs and key not in guidance:
                     seen.note("tokens not weighed", "no gradient reaches it, or it sees routed tokens")
-                weight = method(W, seen, stored=block.stored[f"{path}.weight"], where=where)
+                corrects = getattr(method, "bias_correction", False) and module.bias is not None and seen.count > 0
+                used = seen.centred() if corrects else seen
+                weight = method(W, used, stored=block.stored[f"{path}.weight"], where=where)
                 if not all(torch.isfinite(t).all() for t in weight.tensors().values() if t.is_floating_point()):
                     raise CompressError(f"{where}: {method_name} produced NaN or Inf; the weights span ±{W.abs().max():.3g}")
                 W_hat = weight.dequantize()
                 planned = method.planned(tuple(W.shape), block.stored[f"{path}.weight"], where)
                 record = LayerRecord(
                     method=method_name, options=_options(method), format=weight.meta(), describe=weight.describe(), tensors=list(weight.tensors()),
-                    bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=planned.nbytes(), parameters=W.numel(), error=seen.error(W, W_hat),
+                    bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=planned.nbytes(), parameters=W.numel(), error=used.error(W, W_hat),
                     error_norm="identity" if not seen.count else "guided" if "guidance" in method.needs else "hessian", tokens=seen.count)  # fmt: skip
+                if corrects:
+                    _move_bias(block, path, seen.bias(W, W_hat))
                 set_weight(module, W_hat)
-                del W, W_hat
+                del W, W_hat, used
                 _release(block)
                 yield Done(at, where, record, shared + time.perf_counter() - started, False), weight
             if seen is not None:
@@ -176,6 +180,13 @@ def _prepare(recipe: Recipe, block: nn.Module, sites: tuple[Site, ...], methods:
             for site in stage:
                 if site.name in found and found[site.name].count:  # an expert may have seen no token
                     change(block, site, found[site.name], methods)
+
+
+def _move_bias(block: nn.Module, path: str, shift: Tensor) -> None:
+    """Add to a bias, once, in the dtype it is stored in; the block holds what will be read back."""
+    name, old = f"{path}.bias", block.get_submodule(path).bias
+    moved = (block.originals.pop(name, old).float() + shift).to(block.stored[name])
+    block.get_submodule(path).bias = nn.Parameter(moved.to(old.dtype), requires_grad=False)
 
 
 def _release(block: nn.Module) -> None:

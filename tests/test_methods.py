@@ -340,3 +340,14 @@ def test_options_that_contradict_each_other_are_refused():
         RTN(bits=1)
     with pytest.raises(CompressError, match=r"in_features 64 is not a multiple of group_size 48; use .*16.*32.*64"):
         GPTQ(group_size=48)(weight(), stats_of(correlated()), stored=torch.bfloat16)
+
+
+def test_the_asymmetric_clip_never_costs_more_and_wins_where_one_tail_is_long():
+    W = weight(16, 64).exp() - 0.7  # a long tail above, nothing far below zero
+    h = torch.ones(1, 64)
+    fit = lambda clip: grid.fit(W[:, None], 4, 2, False, clip, h, torch.bfloat16)
+    damage = lambda g: (g.project(W, g.scale, g.zero)[1] - W).square().sum(1)
+    symmetric, asymmetric = damage(fit("hessian")), damage(fit("asymmetric"))
+    assert (asymmetric <= symmetric).all() and asymmetric.sum() < 0.99 * symmetric.sum()
+    with pytest.raises(CompressError, match="moves the zero point"):
+        RTN(bits=4, sym=True, clip="asymmetric")

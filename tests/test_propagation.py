@@ -133,3 +133,33 @@ def test_a_guided_and_propagated_run_verifies_and_gives_the_same_bytes_twice(nam
     routed = {f.what for f in reports[0].fallbacks}
     assert (routed >= {"errors not propagated", "tokens not weighed"}) if name == "mixtral" else not routed
     assert TINY[name]
+
+
+def test_a_free_bias_and_8_bits_reach_the_least_squares_solution_with_an_intercept():
+    original, x, missing, W = two_streams()
+    shift = torch.linspace(-1, 2, x.shape[1])
+    original, x, missing = original + 0.5 * shift, x + shift, missing + 0.3
+    s = stats_of(x, original, missing)
+    Q = GPTQ(bits=8, group_size=-1, propagate=1.0, damp=1e-6)(W, s.centred(), stored=torch.bfloat16).dequantize()
+    off = (original @ W.T + missing - x @ Q.T - s.bias(W, Q)).double()
+    ones = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    target = original.double() @ W.double().T + missing.double()
+    best = target - ones @ torch.linalg.lstsq(ones, target).solution
+    assert off.mean(0).abs().max() < 1e-4
+    assert off.square().mean() < 1.02 * best.square().mean()
+    plain = stats_of(x)  # one stream: the mean of the layer's own output is kept
+    assert ((x @ (Q - W).T).mean(0) + plain.bias(W, Q)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])
+def test_corrected_biases_come_nearer_to_the_original_and_are_read_back(name, tmp_path):
+    save_tiny(name, tmp_path / "model")
+    (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    kl = {}
+    for corrects in (False, True):
+        recipe = {"name": "r", "steps": [{"method": "gptq", "bits": 2, "group_size": 32, "propagate": 1.0, "bias_correction": corrects}]}
+        out = tmp_path / str(corrects)
+        compress.run(str(tmp_path / "model"), recipe, f"file:{tmp_path / 't.txt'}", out, samples=12, seqlen=64, show=False, device="cpu")
+        assert compress.verify(str(out)).ok
+        kl[corrects] = compress.evaluate(str(out), str(tmp_path / "model"), f"file:{tmp_path / 't.txt'}", samples=12, seqlen=64, show=False)["kl"]["mean"]
+    assert kl[True] == kl[False] if name == "llama" else kl[True] < kl[False]

@@ -5,7 +5,8 @@
 Asymmetric grids span min … max of a group (zero included), symmetric ones −2^(b−1) … 2^(b−1)−1 around zero, `sym="full"` lets the scale take
 the sign of the largest weight so that the one extra negative level is never wasted (the Q4_0 idea). Clipping shrinks the span to trade the
 error of few large weights against the resolution of all others: by Σ|ŵ−w|^2.4 (GPTQ's, arXiv 2210.17323) or by Σ_j h_j |ŵ_j−w_j|^p with h_j what an error
-in column j costs. Scales are rounded to their storage dtype BEFORE any code is chosen.
+in column j costs; "asymmetric" also moves the zero point by a level, which clips one end more than the other: with four levels that is much.
+Scales are rounded to their storage dtype BEFORE any code is chosen.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..formats.int_group import symmetric_zero
 
 Sym = Literal[False, True, "full"]
-Clip = Literal["none", "mse", "hessian"]
+Clip = Literal["none", "mse", "hessian", "asymmetric"]
 CHUNK = 1 << 15  # weights searched together: the working set stays in cache, and torch does not split so little over threads
 
 
@@ -40,7 +41,7 @@ class Grid:
 
 
 def fit(W: Tensor, levels: int, bits: int, sym: Sym, clip: Clip, weight: Tensor | None, scale_dtype: torch.dtype, power: int = 2) -> Grid:
-    """The grid of each group of W [out, groups, group_size] (fp32); for clip="hessian", `weight` [(out,) groups, group_size] is h and
+    """The grid of each group of W [out, groups, group_size] (fp32); for clip "hessian" and "asymmetric", `weight` [(out,) groups, group_size] is h and
     `power` is p."""
     out, groups, size = W.shape
     rows = max(1, CHUNK // (groups * size))
@@ -57,10 +58,12 @@ def _fit(W: Tensor, levels: int, bits: int, sym: Sym, clip: Clip, weight: Tensor
         return scale, zero
     best = _damage(W, scale, zero, levels, clip, weight, power)
     for shrink in _shrinks(levels):
-        s, z = _span(W, low, high, levels, bits, sym, dtype, shrink)
-        damage = _damage(W, s, z, levels, clip, weight, power)
-        better = damage < best
-        best, scale, zero = torch.where(better, damage, best), torch.where(better, s, scale), torch.where(better, z, zero)
+        s, middle = _span(W, low, high, levels, bits, sym, dtype, shrink)
+        for shift in (0, -1, 1) if clip == "asymmetric" else (0,):
+            z = (middle + shift).clamp(0, levels - 1) if shift else middle
+            damage = _damage(W, s, z, levels, clip, weight, power)
+            better = damage < best
+            best, scale, zero = torch.where(better, damage, best), torch.where(better, s, scale), torch.where(better, z, zero)
     return scale, zero
 
 
@@ -91,4 +94,4 @@ def _span(W: Tensor, low: Tensor, high: Tensor, levels: int, bits: int, sym: Sym
 def _damage(W: Tensor, scale: Tensor, zero: Tensor, levels: int, clip: Clip, weight: Tensor | None, power: int) -> Tensor:
     s, z = scale[..., None], zero[..., None]
     error = (W / s).add_(z).round_().clamp_(0, levels - 1).sub_(z).mul_(s).sub_(W)
-    return error.abs_().pow_(power).mul_(weight).sum(-1) if clip == "hessian" else error.abs_().pow_(2.4).sum(-1)
+    return error.abs_().pow_(2.4).sum(-1) if clip == "mse" else error.abs_().pow_(power).mul_(weight).sum(-1)

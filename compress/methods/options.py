@@ -17,11 +17,13 @@ class IntOptions:
     bits: Literal[1, 2, 3, 4, 5, 6, 7, 8, "ternary"] = 4  # bits of a code
     group_size: int = 128  # input columns that share a scale; -1: one scale a row
     sym: Sym = False  # False: a zero point a group; True: zero in the middle; "full": the scale takes the sign of the largest weight
-    clip: Clip = "hessian"  # how the span of a group is shrunk: "none", "mse" (|.|^2.4) or "hessian" (weighted by what an error in each column costs)
+    clip: Clip = "hessian"  # how the span of a group is shrunk: "none", "mse" (|.|^2.4), "hessian" (by what an error in each column costs) or "asymmetric"
 
     def __post_init__(self):
         if self.bits in (1, "ternary") and not self.sym:
             raise CompressError(f"bits {self.bits} has too few levels for a zero point; set sym to true")
+        if self.clip == "asymmetric" and self.sym:
+            raise CompressError("clip asymmetric moves the zero point, which sym fixes; set sym to false or clip to hessian")
 
     @property
     def levels(self) -> int:

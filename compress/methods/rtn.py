@@ -21,14 +21,14 @@ class RTN(IntOptions):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"hessian"}) if self.clip == "hessian" else frozenset()
+        return frozenset({"hessian"}) if self.clip in ("hessian", "asymmetric") else frozenset()
 
     def __call__(self, weight: Tensor, stats: Stats | None, *, stored: torch.dtype, where: str = "weight") -> IntGroup:
-        """weight [out, in] fp32 → IntGroup. `stats` is needed for clip="hessian" only."""
+        """weight [out, in] fp32 → IntGroup. `stats` is needed for clip "hessian" and "asymmetric" only."""
         out, n = weight.shape
         size = check_group_size(n, self.group_size, where)
         groups = weight.view(out, n // size, size)
-        h = stats.hessian.diagonal().view(-1, size) if stats is not None and self.clip == "hessian" else None
+        h = stats.hessian.diagonal().view(-1, size) if stats is not None and "hessian" in self.needs else None
         g = grid.fit(groups, self.levels, self.code_bits, self.sym, self.clip, h, self.scale_dtype(stored))
         codes = g.codes(groups, g.scale[..., None], g.zero[..., None]).to(torch.uint8).view(out, n)
         zeros = None if self.sym else g.zero.to(torch.uint8)

@@ -23,6 +23,7 @@ class TargetOptions:
     """What every solver of this kind lets a user choose."""
 
     propagate: float = 0.0  # α of the target, which makes up for the errors of earlier layers; 0: every layer for itself
+    bias_correction: bool = False  # solve for the layer's bias too, where it has one: weights then answer for deviations from the mean only
     guided: bool = False  # weigh tokens by the squared gradient of the model's loss at this layer's output; False: all tokens alike
 
     def __post_init__(self):
