@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from . import artifact, importing, preflight, progress, verification
+from . import artifact, importing, preflight, progress, transforms, verification
 from . import distill as _distill
 from . import recipe as _recipe
 from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, read_manifest
@@ -98,12 +98,21 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                  for p in preflight.unmatched(chosen, planned.layers)] + source.notes  # fmt: skip
     needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
     data = None
-    if needs or chosen.tune or chosen.distill:
+    if needs or chosen.tune or chosen.distill or chosen.transforms:
         data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
             calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template,
             model=_whole(source) if calibration == "self" else None)  # fmt: skip
+        if chosen.generated:
+            data = data.with_generated(load_calibration("self", source.tokenizer(), samples=chosen.generated, seqlen=data.tokens.shape[1], seed=seed,
+                                                        model=_whole(source)))  # fmt: skip
         fallbacks += data.fallbacks
         _fits(data, source.config, _vocabulary(source), model)
+    batch = max(1, BATCH_TOKENS // (data.tokens.shape[1] if data else seqlen))
+    if chosen.transforms and data:
+        tell = lambda name, found: progress.line(f"transform {name}: " + (found if isinstance(found, str) else f"error {found:.3e}"), show)
+        chosen = transforms.choose(source, chosen, data, batch=batch, device=device, tell=tell)
+        source = chosen.viewed(source)
+        fallbacks += [note for note in source.notes if note not in fallbacks]
     _strict(strict, fallbacks)
     identity = {"source": source.digest(), "recipe": chosen.identity(),
                 "calibration": data and data.record | {"sha256": _digest(data)}, "seed": seed,
@@ -116,7 +125,6 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
             _strict(strict, [f.model_dump() for f in manifest.fallbacks])
             return Report(str(folder), manifest, time.perf_counter() - started, len(manifest.layers), _peak_rss())
         _room(folder, planned.disk)
-        batch = max(1, BATCH_TOKENS // (data.tokens.shape[1] if data else seqlen))
         generator = torch.Generator().manual_seed(seed)
         probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
         enter = partial(Stream, source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if data else None

@@ -69,6 +69,7 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
 
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True) -> Plan:
     """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
+    samples += recipe.generated
     rows, states_kept = [], 3  # hidden states, and what one finished part of a block and the input of the next linear keep beside them
     work, tokens, n_max = 0.0, samples * seqlen, 0
     block_work: dict[int, set[int]] = {}

@@ -52,6 +52,12 @@ class Layers:
             self.bar.stop()
 
 
+def line(text: str, show: bool) -> None:
+    """One plain line."""
+    if show:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def batches(logits: Iterator[Tensor], windows: int, show: bool) -> Iterator[Tensor]:
     """The same batches, with a bar where there is a terminal."""
     if not (show and _live()):

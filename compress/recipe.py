@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -67,9 +67,11 @@ class Recipe(BaseModel):
     ignore: tuple[str, ...] = ()
     tune: Tune | None = None  # train codes and scales of each block against the original block, after its linears are solved
     distill: Distill | None = None  # at the end, train scales, norms and rounding of the whole model on the KL divergence
+    generated: int = Field(0, ge=0)  # windows of text that the model writes itself, added to the calibration text
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
     views: tuple[Named, ...] = ()  # exact rewritings of the model, applied in this order as its tensors are read
     blocks: tuple[Named, ...] = ()  # what is done to each block before its linears are compressed
+    transforms: Literal["auto"] | None = None  # auto: views and blocks are chosen by the error that they leave on two blocks of the model (transforms.py)
 
     def viewed(self, source: Checkpoint) -> Checkpoint:
         """The model that the steps see. Raises CompressError where a view cannot be applied to it."""
@@ -82,8 +84,10 @@ class Recipe(BaseModel):
 
     def check(self) -> Recipe:
         """Every step and view built once, so that a bad option is told before anything is read or written."""
-        if self.distill and (self.views or self.blocks):
-            raise CompressError(f"recipe {self.name}: distill trains the model in its own basis; leave out views and blocks, or distill")
+        if self.transforms and (self.views or self.blocks):
+            raise CompressError(f"recipe {self.name}: transforms: auto chooses views and blocks itself; leave them out, or transforms")
+        if self.distill and (self.views or self.blocks or self.transforms):
+            raise CompressError(f"recipe {self.name}: distill trains the model in its own basis; leave out views, blocks and transforms, or distill")
         self.identity()
         return self
 
@@ -113,7 +117,7 @@ class Recipe(BaseModel):
         for key, value in pairs:
             method, _, option = key.rpartition(".")
             if not method:
-                known = ("ignore", "true_sequential", "views", "blocks")
+                known = ("ignore", "generated", "true_sequential", "views", "blocks", "transforms")
                 if option not in known:
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value

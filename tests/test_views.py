@@ -219,3 +219,26 @@ def test_layers_that_the_recipe_leaves_alone_are_not_scaled(tmp_path, text):
     for name, t in model.state_dict().items():
         if any(part in name for part in ("v_proj", "gate_proj", "norm", "embed")):
             assert torch.equal(kept[name], t), name
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2"])
+def test_auto_takes_the_transform_that_leaves_the_least_error_and_nothing_where_none_helps(name, tmp_path, capsys):
+    save_tiny(name, tmp_path / "model")
+    loud = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    norms = [(path, m) for path, m in loud.named_modules() if path.endswith(("input_layernorm", "self_attn_layer_norm", "pre_feedforward_layernorm"))]
+    for _, norm in norms:  # two channels that a plain grid drowns in
+        norm.weight.data[:2] = norm.weight.data[:2] * 40 + 30
+    loud.save_pretrained(tmp_path / "model")
+    (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    run = lambda out, **more: compress.run(str(tmp_path / "model"), {"name": "r", "steps": [{"method": "rtn", "bits": 3, "group_size": 32}]} | more,
+                                           f"file:{tmp_path / 't.txt'}", tmp_path / out, samples=8, seqlen=64, device="cpu")  # fmt: skip
+    auto = run("auto", transforms="auto")
+    said = capsys.readouterr().err
+    errors = {line.split()[1].rstrip(":"): float(line.split()[-1]) for line in said.splitlines() if line.startswith("transform ") and "error " in line}
+    assert {"none", "awq", "smooth"} <= set(errors) and compress.verify(str(tmp_path / "auto")).ok
+    best = min(errors, key=errors.get)
+    assert best != "none" and ("rotate" in errors) == (name == "llama")  # opt's head is tied
+    identity = auto.manifest.run["recipe"]
+    assert [v["view"] for v in identity["views"]] + [b["block"] for b in identity["blocks"]] == [best]
+    with pytest.raises(CompressError, match="chooses views and blocks itself"):
+        run("both", transforms="auto", views=["rotate"])
