@@ -6,7 +6,6 @@ from test_methods import correlated, weight
 from tiny import save_tiny
 from torch.nn import functional as F
 
-
 import compress
 from compress.artifact import Writer
 from compress.calibration.statistics import Stats
