@@ -26,7 +26,7 @@ from . import distill as _distill
 from . import recipe as _recipe
 from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, read_manifest
 from .calibration.data import CalibrationSet, load_calibration
-from .calibration.guidance import token_weights
+from .calibration.guidance import guide
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .errors import CompressError
 from .eval import compare as _compare
@@ -42,6 +42,7 @@ from .walk import Done, copy_outer, restore, walk
 BATCH_TOKENS = 4096  # tokens of one forward during calibration: fixed, because the order of summation is part of the result
 EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
 PROBE_TOKENS, PROBE_KEPT = 32, 8
+GRADIENT_WINDOWS = 32  # what outputs count is an average over so many; only where tokens are weighed every one needs its gradient
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -127,10 +128,13 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         _room(folder, planned.disk)
         generator = torch.Generator().manual_seed(seed)
         probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
-        enter = partial(Stream, source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if data else None
+        enter = partial(Stream, source, tokens=data.tokens, mask=data.mask, batch=batch, device=device, folder=folder.parent) if data else None
         stream = enter() if enter else None
         original = enter() if enter and ("cross" in needs or chosen.tune or chosen.distill) else None
-        guidance = token_weights(enter(), seed) if enter and "guidance" in needs else None
+        guidance = None
+        if enter and data and needs & {"guidance", "gradient"}:
+            some = slice(None if "guidance" in needs else GRADIENT_WINDOWS)
+            guidance = guide(enter(tokens=data.tokens[some], mask=None if data.mask is None else data.mask[some]), seed)
         headers: dict[str, dict] = {}
         copy_outer(source, writer, headers)
         resumed = 0

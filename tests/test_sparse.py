@@ -168,7 +168,7 @@ def test_sparsegpt_equals_the_slow_reference(pattern):
 
     Q, keep = slow_sparsegpt(W, damped(s), decide)
     method = SparseGPT(pattern=pattern)
-    got, mask = sweep(W, s.factor(DAMP, False).U, method)
+    got, mask = sweep(W, s.factor(DAMP, False).U, method, torch.ones_like(W))
     assert torch.equal(mask, keep)
     torch.testing.assert_close(got, Q, rtol=1e-8, atol=1e-8)
 

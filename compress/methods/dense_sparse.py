@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,19 +22,19 @@ from ..formats import Dense, Product
 from .admm import ADMM
 from .support import least_squares
 from .svd import answer, leading
+from .target import TargetOptions
 
 
 @dataclass(frozen=True)
-class DenseSparse:
+class DenseSparse(TargetOptions):
     ratio: float = 0.2  # share of the weight's bytes that goes away, mask included
     atoms: float = 1.2  # columns of the dense factor, relative to the rank that dense factors of the same size would have
     rounds: int = 3  # times that the dictionary is turned and the coefficients are chosen again
     iterations: int = 20  # rounds of ADMM for each choice
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.ratio < 1 or not 1 < self.atoms < math.inf or self.rounds < 0:
             raise CompressError(f"ratio {self.ratio} must be a share from 0 to below 1, atoms {self.atoms} above 1, rounds {self.rounds} at least 0")
 
@@ -55,13 +54,14 @@ class DenseSparse:
 
     def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Product:
         """weight [out, in] fp32 → Product of Dense [out, atoms] and Masked [atoms, in]."""
-        (q, pruning), W, factor = self.coefficients(tuple(weight.shape), stored, where), stats.silence(weight), stats.factor(self.damp, False)
+        (q, pruning), factor = self.coefficients(tuple(weight.shape), stored, where), stats.factor(self.damp, False)
+        W = self.target(weight, stats, factor)
         H, ridge = (torch.zeros_like(factor.U), torch.ones_like(factor.U[0])) if factor.failed else (stats.hessian, stats.ridge(factor))
         Hd = H + ridge.diag()
         D = leading(W @ torch.linalg.cholesky(Hd), q)
         for k in range(self.rounds + 1):
             B = D.T @ W
-            S, keep = pruning.search(B, H, ridge, None)
+            S, keep = pruning.search(B, torch.ones_like(B), H, ridge, None)
             S = least_squares(B, S, keep, H, ridge)
             if k < self.rounds:
                 U, _, V = torch.linalg.svd(W @ Hd @ S.T, full_matrices=False)

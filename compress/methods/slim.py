@@ -45,12 +45,14 @@ class SLiM(ADMM):
 
     def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Format:
         """weight [out, in] fp32 → Sum of Masked or Sparse24 and a Product of two Dense."""
-        W, factor, rank = self.alive(weight, stats), stats.factor(self.damp, False), self.product(weight.shape, stored, where).factors[0].shape[1]
+        self.nm(weight.shape[1], where)
+        factor, rank = stats.factor(self.damp, False), self.product(weight.shape, stored, where).factors[0].shape[1]
+        W, say = self.task(weight, stats, factor)
         Hd = torch.eye(len(W.T), dtype=W.dtype, device=W.device) if factor.failed else stats.hessian + stats.ridge(factor).diag()
         L = torch.linalg.cholesky(Hd)
         low, found = torch.zeros_like(W), []
         for _ in range(self.rounds + 1):
-            sparse = super().__call__(W - low, stats, stored=stored, where=where)
+            sparse = self.solve(W - low, say, stats, factor, stored)
             R = W - sparse.dequantize(W.dtype)
             right = Dense((leading(R @ L, rank).T @ R).to(stored))
             left = Dense(answer(R, right.dequantize(W.dtype), Hd).to(stored))
