@@ -33,7 +33,8 @@ from .eval import compare as _compare
 from .export import Exported
 from .export import write as _export
 from .linear import CompressedLinear
-from .preflight import Plan
+from .preflight import SCHEDULE_WINDOWS, Plan
+from .schedule import scheduled
 from .stream import Stream
 from .verification import Verification
 from .version import __version__
@@ -42,7 +43,6 @@ from .walk import Done, copy_outer, restore, walk
 BATCH_TOKENS = 4096  # tokens of one forward during calibration: fixed, because the order of summation is part of the result
 EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
 PROBE_TOKENS, PROBE_KEPT = 32, 8
-GRADIENT_WINDOWS = 32  # what outputs count is an average over so many; only where tokens are weighed every one needs its gradient
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -99,6 +99,8 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                  for p in preflight.unmatched(chosen, planned.layers)] + source.notes  # fmt: skip
     needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
     data = None
+    if chosen.schedule:
+        needs |= {"hessian"} | ({"gradient"} if chosen.schedule.by == "gradient" else set())
     if needs or chosen.tune or chosen.distill or chosen.transforms:
         data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
             calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template,
@@ -132,9 +134,14 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         stream = enter() if enter else None
         original = enter() if enter and ("cross" in needs or chosen.tune or chosen.distill) else None
         guidance = None
-        if enter and data and needs & {"guidance", "gradient"}:
-            some = slice(None if "guidance" in needs else GRADIENT_WINDOWS)
-            guidance = guide(enter(tokens=data.tokens[some], mask=None if data.mask is None else data.mask[some]), seed)
+        if enter and data:
+            few = partial(enter, tokens=data.tokens[:SCHEDULE_WINDOWS], mask=None if data.mask is None else data.mask[:SCHEDULE_WINDOWS])
+            if needs & {"guidance", "gradient"}:
+                guidance = guide(enter() if "guidance" in needs else few(), seed)
+            if chosen.schedule:
+                told = lambda what, where, detail: fallbacks.append({"what": what, "where": where, "count": 1, "detail": detail})
+                chosen = scheduled(chosen, source, few(), guidance, told)
+                planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)
         headers: dict[str, dict] = {}
         copy_outer(source, writer, headers)
         resumed = 0

@@ -20,6 +20,8 @@ from .experts import unfuse_experts
 from .recipe import Recipe, nearest
 from .walk import STATS_LIMIT, bundles, pieces
 
+SCHEDULE_WINDOWS = 32  # what outputs and layers count is an average over so many; only tokens that are weighed each need a gradient
+
 
 @dataclass(frozen=True)
 class PlannedLayer:
@@ -110,6 +112,9 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
             block_work.setdefault(i, set()).add(n)
             work += 2.0 * n * n * (m + n / 3) + 6.0 * tokens * m * n  # solver; about three passes through the layer
     needs = frozenset[str]().union(*(step.build().needs for r in rows if r.method and (step := recipe.step_for(r.name))))
+    if recipe.schedule:
+        needs |= {"gradient"} if recipe.schedule.by == "gradient" else set()
+        work += sum(min(tokens, SCHEDULE_WINDOWS * seqlen) * 2.0 * r.shape[0] * r.shape[1] for r in rows if r.method)
     guided = bool(needs & {"guidance", "gradient"})
     twice = "cross" in needs or recipe.tune is not None or recipe.distill is not None  # the original model's states travel along
     work *= 1 + 0.6 * twice
@@ -139,7 +144,9 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     working = (4 + twice) * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
     working += batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
+    late = ["ranks follow from the energy, once calibration has seen it: bytes are those of the recipe's ratio until then"]
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
+    warnings += late if recipe.schedule and recipe.schedule.energy else []
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
                 max((2 + twice) * block_bytes + states + working, outer + states, trained + states), after + (8 << 20),

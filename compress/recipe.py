@@ -56,6 +56,19 @@ class Step(BaseModel):
         return any(fnmatchcase(path, p) for p in ([self.match] if isinstance(self.match, str) else self.match))
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How layers share what the recipe gives up as a whole (schedule.py)."""
+
+    by: Literal["gradient", "error", "outliers"] = "gradient"  # what makes layers comparable: the loss's gradient, relative errors, or OWL's outliers
+    spread: float = 0.1  # the most by which a layer's share of zeros, or of parameters gone, may differ from the recipe's
+    energy: float = 0.0  # svd only, in the place of a budget: the share of its output that every layer keeps, which sets its rank; 0: by budget
+
+    def __post_init__(self):
+        if not 0 <= self.spread < 1 or not 0 <= self.energy < 1:
+            raise CompressError(f"spread {self.spread} and energy {self.energy} must lie from 0 to below 1; 0.1 and 0 are usual")
+
+
 Named = str | dict[str, dict[str, Any]]  # `rotate` or `{rotate: {seed: 1}}`
 
 
@@ -68,6 +81,7 @@ class Recipe(BaseModel):
     tune: Tune | None = None  # train codes and scales of each block against the original block, after its linears are solved
     distill: Distill | None = None  # at the end, train scales, norms and rounding of the whole model on the KL divergence
     generated: int = Field(0, ge=0)  # windows of text that the model writes itself, added to the calibration text
+    schedule: Schedule | None = None  # layers give up more or less than each step says, together the same
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
     views: tuple[Named, ...] = ()  # exact rewritings of the model, applied in this order as its tensors are read
     blocks: tuple[Named, ...] = ()  # what is done to each block before its linears are compressed
@@ -122,7 +136,7 @@ class Recipe(BaseModel):
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value
                 continue
-            if method in ("tune", "distill"):
+            if method in ("tune", "distill", "schedule"):
                 data[method] = (data[method] or {}) | {option: value}
                 continue
             hit = [step for step in data["steps"] if step["method"] == method]

@@ -33,7 +33,8 @@ def split_rows(weight: Format, sizes: Sequence[int]) -> list[Format]:
     if not isinstance(weight, IntGroup):
         return [Dense(W) for W in (weight.weight if isinstance(weight, Dense) else weight.dequantize()).split(list(sizes))]
     if weight.codes.is_meta:
-        return [IntGroup.planned((m, weight.shape[1]), weight.bits_per_code, weight.group_size, weight.zeros is None, weight.scales.dtype) for m in sizes]
+        return [IntGroup.planned((m, weight.shape[1]), weight.bits_per_code, weight.group_size, weight.zeros is None, weight.scales.dtype, weight.levels)
+                for m in sizes]  # fmt: skip
     zeros = [None] * len(sizes) if weight.zeros is None else weight.zero_points().to(torch.uint8).split(list(sizes))
     return [IntGroup.pack(codes, scales, z, weight.bits_per_code, weight.levels)
             for codes, scales, z in zip(weight.unpack().split(list(sizes)), weight.scales.split(list(sizes)), zeros, strict=True)]  # fmt: skip
