@@ -321,6 +321,13 @@ def test_a_product_makes_up_for_pruning_and_rounds_do_not_harm(bits):
     assert errors[0] < 0.95 * sparse and errors[1] <= errors[0] and errors[2] <= errors[1]
 
 
+def test_a_random_support_is_solved_exactly_and_is_worse_than_a_chosen_one():
+    s, W = stats_of(correlated(n=128, tokens=2048)), weight(48, 128)
+    chosen, random = (s.error(W, solve(SLiM(sparsity=0.8, extra=2.0, support=support), W, s).dequantize()) for support in ("solved", "random"))
+    fmt = solve(SLiM(sparsity=0.8, extra=2.0, support="random", rounds=0), W, s)
+    assert chosen < random < s.error(W, fmt.terms[1].dequantize()) and fmt.terms[0].keep().sum() == 48 * 128 - round(0.8 * 48 * 128)
+
+
 def test_enough_rank_brings_everything_back():
     s, W = stats_of(correlated()), weight()
     assert s.error(W, solve(SLiM(pattern="2:4", extra=1.1 * 32 * (24 + 64) / 64, rounds=0), W, s).dequantize()) < 1e-6
