@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -30,6 +30,7 @@ from .distill import Distill
 from .errors import CompressError
 from .methods import METHODS
 from .scaling import BLOCKS
+from .schedule import Schedule
 from .tune import Tune
 from .views import VIEWS
 
@@ -54,19 +55,6 @@ class Step(BaseModel):
 
     def matches(self, path: str) -> bool:
         return any(fnmatchcase(path, p) for p in ([self.match] if isinstance(self.match, str) else self.match))
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How layers share what the recipe gives up as a whole (schedule.py)."""
-
-    by: Literal["gradient", "error", "outliers"] = "gradient"  # what makes layers comparable: the loss's gradient, relative errors, or OWL's outliers
-    spread: float = 0.1  # the most by which a layer's share of zeros, or of parameters gone, may differ from the recipe's
-    energy: float = 0.0  # svd only, in the place of a budget: the share of its output that every layer keeps, which sets its rank; 0: by budget
-
-    def __post_init__(self):
-        if not 0 <= self.spread < 1 or not 0 <= self.energy < 1:
-            raise CompressError(f"spread {self.spread} and energy {self.energy} must lie from 0 to below 1; 0.1 and 0 are usual")
 
 
 Named = str | dict[str, dict[str, Any]]  # `rotate` or `{rotate: {seed: 1}}`

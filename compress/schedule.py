@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -23,12 +24,27 @@ from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .linear import get_weight
-from .recipe import Recipe, Schedule, Step
 from .stream import Stream
 from .walk import bundles, sites_of
 
+if TYPE_CHECKING:
+    from .recipe import Recipe, Step
+
 STEPS = 33  # points at which a layer's price is asked, from the smallest share to the largest
 LOUD = 5.0  # OWL's M: an outlier is this many times the mean
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Options of `schedule:` in a recipe."""
+
+    by: Literal["gradient", "error", "outliers"] = "gradient"  # what makes layers comparable: the loss's gradient, relative errors, or OWL's outliers
+    spread: float = 0.1  # the most by which a layer's share of zeros, or of parameters gone, may differ from the recipe's
+    energy: float = 0.0  # svd only, in the place of a budget: the share of its output that every layer keeps, which sets its rank; 0: by budget
+
+    def __post_init__(self):
+        if not 0 <= self.spread < 1 or not 0 <= self.energy < 1:
+            raise CompressError(f"spread {self.spread} and energy {self.energy} must lie from 0 to below 1; 0.1 and 0 are usual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +99,17 @@ def scheduled(recipe: Recipe, source: Checkpoint, stream: Stream, guidance: list
             note("kept dense", "+".join(layer.names), f"{recipe.schedule.energy:g} of its output takes a rank above break-even")
         else:
             option, _ = share_of(layer.step, layer.names[0])
-            own.append(Step(method=layer.step.method, match=list(layer.names), **layer.step.options() | {option: share}))
+            own.append(layer.step.model_copy(update={"match": list(layer.names), option: share}))
     return recipe.model_copy(update={"steps": (*own, *recipe.steps), "ignore": (*recipe.ignore, *kept)})
+
+
+def _range(schedule: Schedule, share: float) -> Tensor:
+    return torch.linspace(max(0.0, share - schedule.spread), min(0.99, share + schedule.spread), STEPS, dtype=torch.float64)
 
 
 def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, stats: Stats) -> Layer:
     (option, share), (m, n) = share_of(step, names[0]), W.shape
-    shares = torch.linspace(max(0.0, share - schedule.spread), min(0.99, share + schedule.spread), STEPS)
+    shares = _range(schedule, share)
     factor = stats.factor(0.01, False)
     Hd = stats.hessian + stats.ridge(factor).diag()
     if schedule.by == "gradient" and stats.gradient is not None:
@@ -112,7 +132,7 @@ def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, st
 def _shares(schedule: Schedule, layers: list[Layer]) -> dict[Layer, float]:
     """What each layer gives up; all together what the recipe's own shares give up."""
     wanted = sum(layer.size * layer.share for layer in layers)
-    at = {layer: torch.linspace(max(0.0, layer.share - schedule.spread), min(0.99, layer.share + schedule.spread), STEPS).tolist() for layer in layers}
+    at = {layer: _range(schedule, layer.share).tolist() for layer in layers}
     level = {layer: layer.outliers for layer in layers}
     low, high = (-1.0, 1.0) if schedule.by == "outliers" else (min(float(x.prices[0]) for x in layers), max(float(x.prices[-1]) for x in layers))
     widest = max(abs(o - sum(level.values()) / len(level)) for o in level.values()) or 1.0

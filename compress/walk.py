@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ from .checkpoint import Checkpoint
 from .errors import CompressError
 from .formats import Format, build, split_rows
 from .linear import get_weight, in_features, set_weight
-from .recipe import Recipe
 from .stream import Stream
 from .tune import tune_block
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 STATS_LIMIT = 2 << 30  # bytes of Hessians gathered in one pass; more experts take more passes
 KEEP_LIMIT = 256 << 20  # bytes of down_proj's input kept so that the last pass need not run gate and up again

@@ -148,7 +148,7 @@ def test_one_shared_factor_beats_separate_ones_of_the_same_size():
     assert sum(n for _, n in own) == together.nbytes() and own[0][0] == ["0_weight", "1_weight"] and own[1][0] == own[2][0] == ["0_weight"]
     assert all(torch.equal(a.dequantize(), b) for a, b in zip(parts, together.dequantize().split(64), strict=True))
     separate = [solve(SVD(ratio=0.4), W, s, torch.bfloat16) for W in Ws]
-    assert together.nbytes() <= 1.01 * sum(f.nbytes() for f in separate)
+    assert together.nbytes() <= 1.03 * sum(f.nbytes() for f in separate)
     assert sum(s.error(W, f.dequantize()) for W, f in zip(Ws, parts, strict=True)) < 0.9 * sum(
         s.error(W, f.dequantize()) for W, f in zip(Ws, separate, strict=True))  # fmt: skip
 
@@ -196,14 +196,13 @@ def test_a_plan_of_joint_factors_needs_a_known_architecture():
 # ---- training
 
 
-def test_the_tuner_trains_factors_and_kept_values_and_zeros_stay(checkpoint, tmp_path):
-    options = {"samples": 72, "seqlen": 128, "show": False, "device": "cpu"}
-    for name, recipe in (("svd", {"name": "a", "steps": [{"method": "svd", "ratio": 0.5, "joint": True}]}),
-                         ("sparse", {"name": "b", "steps": [{"method": "wanda", "pattern": "2:4"}]})):
-        out = compress.run(model_path(), recipe | {"tune": {"steps": 20}}, "stdlib", tmp_path / name, **options)
-        assert all(after < before for before, after in out.manifest.training.values())
-        assert compress.verify(str(tmp_path / name)).ok
-    weight = compress.load(str(tmp_path / "sparse")).get_submodule("model.layers.0.mlp.up_proj").format
+def test_the_tuner_trains_factors_and_kept_values_and_zeros_stay(tmp_path):
+    steps = [{"match": "*mlp*", "method": "wanda", "pattern": "2:4"}, {"method": "svd", "ratio": 0.5, "joint": True}]
+    recipe = {"name": "both", "steps": steps, "tune": {"steps": 8}}
+    out = compress.run(model_path(), recipe, "stdlib", tmp_path / "out", samples=72, seqlen=64, show=False, device="cpu")
+    assert all(after < before for before, after in out.manifest.training.values())
+    assert compress.verify(str(tmp_path / "out")).ok
+    weight = compress.load(str(tmp_path / "out")).get_submodule("model.layers.0.mlp.up_proj").format
     assert (weight.keep().view(-1, 4).sum(-1) == 2).all() and (weight.dequantize() != 0).float().mean() <= 0.5
 
 

@@ -6,8 +6,8 @@ from tiny import save_tiny
 
 import compress
 from compress.errors import CompressError
-from compress.recipe import Recipe, Schedule, Step, load
-from compress.schedule import STEPS, Layer, _shares
+from compress.recipe import Recipe, Step, load
+from compress.schedule import STEPS, Layer, Schedule, _shares
 
 
 @pytest.fixture(scope="module")
