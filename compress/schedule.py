@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint
 from .errors import CompressError
 from .linear import get_weight
 from .stream import Stream
-from .walk import bundles, sites_of
+from .walk import bundles, sites_of, stages
 
 if TYPE_CHECKING:
     from .recipe import Recipe, Step
@@ -78,17 +78,16 @@ def scheduled(recipe: Recipe, source: Checkpoint, stream: Stream, guidance: list
     for i in range(source.num_blocks):
         block, name = source.load_block(i, stream.device), source.block_name(i)
         sites = sites_of(source, block, stream)
-        stats = stream.collect(block, {site.name: site.linears[0] for site in sites})
+        stats = {k: s for stage in stages(block, list(sites), False) for k, s in stream.collect(block, {s.name: s.linears[0] for s in stage}).items()}
         for site in sites:
             steps = {path: step for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
             for paths in bundles(steps, {path: step.build() for path, step in steps.items()}):
-                if site.name not in stats:
-                    note("not scheduled", f"{name}.{site.name}", "no calibration token was routed here: it gives up what the recipe says")
+                if site.name not in stats or (guidance is not None and any(path not in guidance[i] for path in paths)):
+                    note("not scheduled", f"{name}.{site.name}", "no token or no gradient was seen here: it gives up what the recipe says")
                     continue
                 W = torch.cat([get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight")) for path in paths])
-                measured = guidance is not None and all(path in guidance[i] for path in paths)
-                stats[site.name].gradient = torch.cat([guidance[i][path].outputs for path in paths]).to(W.device) if guidance and measured else None
-                layers.append(_layer(recipe.schedule, tuple(f"{name}.{path}" for path in paths), steps[paths[0]], W, stats[site.name]))
+                gradient = torch.cat([guidance[i][path].outputs for path in paths]).to(W)[:, None] if guidance and recipe.schedule.by == "gradient" else None
+                layers.append(_layer(recipe.schedule, tuple(f"{name}.{path}" for path in paths), steps[paths[0]], W, stats[site.name], gradient))
         stream.advance(block)
     chosen = {layer: layer.energy for layer in layers} if recipe.schedule.energy else _shares(recipe.schedule, layers)
     own: list[Step] = []
@@ -107,14 +106,12 @@ def _range(schedule: Schedule, share: float) -> Tensor:
     return torch.linspace(max(0.0, share - schedule.spread), min(0.99, share + schedule.spread), STEPS, dtype=torch.float64)
 
 
-def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, stats: Stats) -> Layer:
+def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, stats: Stats, a: Tensor | None) -> Layer:
     (option, share), (m, n) = share_of(step, names[0]), W.shape
     shares = _range(schedule, share)
     factor = stats.factor(0.01, False)
     Hd = stats.hessian + stats.ridge(factor).diag()
-    if schedule.by == "gradient" and stats.gradient is not None:
-        a = stats.gradient.to(W)[:, None]
-    else:
+    if a is None:
         a = torch.full_like(W[:, :1], 1 / max(float(((W @ Hd) * W).sum()), 1e-30))
     score, energy = W.abs() * Hd.diagonal().sqrt(), -1.0
     if option == "sparsity":
@@ -122,7 +119,8 @@ def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, st
         prices = gains[(shares * (len(gains) - 1)).long()]
     else:
         even = m * n / (m + n)
-        spectrum = torch.linalg.svdvals((a.sqrt() * W @ torch.linalg.cholesky(Hd)).double()).square()  # falling
+        K = (a.sqrt() * W @ torch.linalg.cholesky(Hd)).double()
+        spectrum = torch.linalg.eigvalsh(K @ K.T if m <= n else K.T @ K).flip(0).clamp(min=0)
         prices = spectrum[((1 - shares) * even).long().clamp(0, len(spectrum) - 1)] / (m + n)
         rank = int((spectrum.cumsum(0) / spectrum.sum() < schedule.energy).sum()) + 1
         energy = 1 - rank / even if rank < even else -1.0

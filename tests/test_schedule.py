@@ -50,13 +50,14 @@ def test_layers_differ_and_all_together_cost_what_was_planned(recipe, by, checkp
     shares = [r.options[option] for r in report.manifest.layers.values()]
     assert max(shares) - min(shares) > 0.01 and max(abs(s - (0.5 if option == "sparsity" else 0.2)) for s in shares) <= 0.1 + 1e-9
     plan = compress.plan(str(checkpoint), recipe, settings={"schedule.by": by})
-    assert report.manifest.totals["bytes"] == pytest.approx(plan.bytes_after, rel=0.01) and not report.fallbacks
+    assert report.manifest.totals["bytes"] == pytest.approx(plan.bytes_after, rel=0.01)
+    assert {f.what for f in report.fallbacks} <= {"inputs never active"}  # neurons of which no weight is left
     assert compress.verify(str(tmp_path / "a")).ok
     assert run(checkpoint, tmp_path / "b", recipe, **{"schedule.by": by}).manifest == report.manifest
 
 
 def test_without_spread_a_schedule_changes_nothing(checkpoint, tmp_path):
-    runs = [run(checkpoint, tmp_path / out, "sparse-50", **settings).manifest for out, settings in (("a", {}), ("b", {"schedule.spread": 0.0}))]
+    runs = [run(checkpoint, tmp_path / out, "sparse-50-wanda", **settings).manifest for out, settings in (("a", {}), ("b", {"schedule.spread": 0.0}))]
     assert runs[0].tensors == runs[1].tensors
 
 

@@ -378,7 +378,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize(("recipe", "settings"), [
     ("sparse-50", {}), ("sparse-2of4", {}), ("sparse-50-w4", {"admm.group_size": 32}), ("sparse-2of4-w4-lr", {"slim.group_size": 32, "slim.extra": 1.0}),
-    ("svd-20", {}), ("svd-20", {"svd.joint": True, "svd.gradient": True}), ("sparse-50", {"schedule.by": "error"}), ("sparse-50", {"admm.propagate": 1.0}),
+    ("svd-20", {}), ("svd-20", {"svd.joint": True, "svd.gradient": True}), ("sparse-50", {"schedule.by": "error"}), ("sparse-50-wanda", {}),
     ("svd-20-w4", {"svd.group_size": 32, "svd.rank": 32, "svd.joint": True, "ignore": ["*.o_proj"]}),
     ("svd-20-w4", {"svd.group_size": 32, "svd.rank": 32, "ignore": ["*.k_proj", "*.v_proj"]}), ("dense-sparse-20", {}),
 ])  # fmt: skip
@@ -386,9 +386,9 @@ def test_an_artifact_costs_what_was_planned_verifies_and_computes_what_it_holds(
     plan = compress.plan(str(checkpoint), recipe, settings=settings)
     report = compress.run(str(checkpoint), recipe, f"file:{checkpoint}/text.txt", tmp_path / "out", settings=settings, samples=8, seqlen=64, show=False)
     stored = sum(t.numel() * t.element_size() for f in (tmp_path / "out").glob("*[0-9].safetensors") for t in load_file(f).values())
-    tolerance = 0.01 if any(key.startswith("schedule") for key in settings) else 0
+    tolerance = 0.01 if load(recipe).with_options(settings).schedule else 0  # which layer pays what is known once calibration has been seen
     assert abs(stored - plan.bytes_after) <= tolerance * stored and stored == report.manifest.totals["bytes"] == report.manifest.totals["planned_bytes"]
-    assert not report.fallbacks
+    assert {f.what for f in report.fallbacks} <= {"inputs never active"}  # neurons of which no weight is left
     assert compress.verify(str(tmp_path / "out")).ok
     model, tokens = compress.load(str(tmp_path / "out"), dtype=torch.float32), torch.arange(48)[None]
     layer = model.get_submodule("model.layers.1.mlp.down_proj")
