@@ -55,7 +55,8 @@ def finish(options: Distill, writer: Writer, headers: dict[str, dict], whole: Ca
         return
     delta = writer.header(DELTA)
     if delta is None:
-        model, formats = whole(), {}
+        model = whole()
+        formats: dict[str, Format] = {}
         unfuse_experts(model)
         for s in shards:
             tensors = writer.read(s)

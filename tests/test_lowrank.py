@@ -166,7 +166,7 @@ def run(checkpoint, out, recipe, **settings):
 
 
 def test_a_shared_factor_is_stored_once_loaded_for_all_resumed_and_exported(checkpoint, tmp_path):
-    report = run(checkpoint, tmp_path / "a", "svd-20", **{"svd.joint": True})
+    report = run(checkpoint, tmp_path / "a", {"name": "joint", "steps": [{"method": "svd", "joint": True}]})
     layers, q = report.manifest.layers, "model.layers.0.self_attn.q_proj"
     assert layers["model.layers.0.self_attn.v_proj"].shared == {"1_weight": f"{q}.1_weight"} and layers[q].tensors == ["0_weight", "1_weight"]
     stored = {name: t for f in (tmp_path / "a").glob("block*.safetensors") for name, t in load_file(f).items()}
@@ -180,7 +180,7 @@ def test_a_shared_factor_is_stored_once_loaded_for_all_resumed_and_exported(chec
     torch.testing.assert_close(dense(tokens).logits, model(tokens).logits, rtol=0.1, atol=0.1)  # its weights are rounded to bf16
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     (tmp_path / "b" / "block-00001.safetensors").unlink()
-    again = run(checkpoint, tmp_path / "b", "svd-20", **{"svd.joint": True})
+    again = run(checkpoint, tmp_path / "b", {"name": "joint", "steps": [{"method": "svd", "joint": True}]})
     assert again.resumed_layers == 7 and again.manifest == report.manifest
     damaged = tmp_path / "b" / "block-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
@@ -190,7 +190,7 @@ def test_a_shared_factor_is_stored_once_loaded_for_all_resumed_and_exported(chec
 def test_a_plan_of_joint_factors_needs_a_known_architecture():
     with pytest.raises(CompressError, match="not in the table of architectures"):
         source = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(model_type="unheard_of")), num_blocks=1)
-        bundled(source, load("svd-20").with_options(["svd.joint=true"]), [("a.q", 0, (8, 8))])
+        bundled(source, load("svd-20"), [("a.q", 0, (8, 8))])
 
 
 # ---- training
