@@ -57,7 +57,7 @@ class Layer:
     share: float  # by the recipe
     prices: Tensor  # [STEPS], of one number more when giving up `shares`
     outliers: float
-    energy: float  # the share that may go for Schedule.energy of the output to stay; below 0: none
+    energy: float  # the share that may go for Schedule.energy of the output to stay, 0 where that takes more numbers than the weight has
 
 
 def share_of(step: Step, where: str) -> tuple[str, float]:
@@ -91,15 +91,12 @@ def scheduled(recipe: Recipe, source: Checkpoint, stream: Stream, guidance: list
         stream.advance(block)
     chosen = {layer: layer.energy for layer in layers} if recipe.schedule.energy else _shares(recipe.schedule, layers)
     own: list[Step] = []
-    kept: list[str] = []
     for layer, share in chosen.items():
-        if share < 0:
-            kept += layer.names
+        option, _ = share_of(layer.step, layer.names[0])
+        if recipe.schedule.energy and not share:
             note("kept dense", "+".join(layer.names), f"{recipe.schedule.energy:g} of its output takes a rank above break-even")
-        else:
-            option, _ = share_of(layer.step, layer.names[0])
-            own.append(layer.step.model_copy(update={"match": list(layer.names), option: share}))
-    return recipe.model_copy(update={"steps": (*own, *recipe.steps), "ignore": (*recipe.ignore, *kept)})
+        own.append(layer.step.model_copy(update={"match": list(layer.names), option: share}))
+    return recipe.model_copy(update={"steps": (*own, *recipe.steps)})
 
 
 def _range(schedule: Schedule, share: float) -> Tensor:
@@ -113,7 +110,7 @@ def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, st
     Hd = stats.hessian + stats.ridge(factor).diag()
     if a is None:
         a = torch.full_like(W[:, :1], 1 / max(float(((W @ Hd) * W).sum()), 1e-30))
-    score, energy = W.abs() * Hd.diagonal().sqrt(), -1.0
+    score, energy = W.abs() * Hd.diagonal().sqrt(), 0.0
     if option == "sparsity":
         gains = (a * W.square() / factor.U.square().sum(0)).flatten().sort().values
         prices = gains[(shares * (len(gains) - 1)).long()]
@@ -123,7 +120,7 @@ def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, st
         spectrum = torch.linalg.eigvalsh(K @ K.T if m <= n else K.T @ K).flip(0).clamp(min=0)
         prices = spectrum[((1 - shares) * even).long().clamp(0, len(spectrum) - 1)] / (m + n)
         rank = int((spectrum.cumsum(0) / spectrum.sum() < schedule.energy).sum()) + 1
-        energy = 1 - rank / even if rank < even else -1.0
+        energy = max(0.0, 1 - rank / even)
     return Layer(names, step, W.numel(), share, prices.double().clamp(min=1e-300).log(), float((score > LOUD * score.mean()).float().mean()), energy)
 
 

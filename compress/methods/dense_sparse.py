@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..calibration.statistics import Stats
 from ..errors import CompressError
-from ..formats import Dense, Product
+from ..formats import Dense, Format, Product
 from .admm import ADMM
 from .support import least_squares
 from .svd import answer, leading
@@ -27,7 +27,7 @@ from .target import TargetOptions
 
 @dataclass(frozen=True)
 class DenseSparse(TargetOptions):
-    ratio: float = 0.2  # share of the weight's bytes that goes away, mask included
+    ratio: float = 0.2  # share of the weight's bytes that goes away, mask included; 0: the weight stays as it is
     atoms: float = 1.2  # columns of the dense factor, relative to the rank that dense factors of the same size would have
     rounds: int = 3  # times that the dictionary is turned and the coefficients are chosen again
     iterations: int = 20  # rounds of ADMM for each choice
@@ -48,12 +48,16 @@ class DenseSparse(TargetOptions):
             raise CompressError(f"{where}: {q} atoms of [{m}, {n}] leave {left} numbers for {q * n} coefficients; set atoms between 1 and {1 + n / m:.3g}")
         return q, ADMM(sparsity=1 - left / (q * n), iterations=self.iterations, damp=self.damp)
 
-    def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Product:
+    def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Format:
+        if not self.ratio:
+            return Dense(torch.empty(shape, dtype=stored, device="meta"))
         q, pruning = self.coefficients(shape, stored, where)
         return Product((Dense(torch.empty(shape[0], q, dtype=stored, device="meta")), pruning.planned((q, shape[1]), stored, where)))
 
-    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Product:
+    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Format:
         """weight [out, in] fp32 → Product of Dense [out, atoms] and Masked [atoms, in]."""
+        if not self.ratio:
+            return Dense(weight.to(stored))
         (q, pruning), factor = self.coefficients(tuple(weight.shape), stored, where), stats.factor(self.damp, False)
         W = self.target(weight, stats, factor)
         H, ridge = (torch.zeros_like(factor.U), torch.ones_like(factor.U[0])) if factor.failed else (stats.hessian, stats.ridge(factor))

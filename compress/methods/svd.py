@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..calibration.statistics import Stats
 from ..errors import CompressError
-from ..formats import Dense, IntGroup, Product
+from ..formats import Dense, Format, IntGroup, Product
 from ..formats.int_group import check_group_size
 from .gptq import GPTQ
 from .options import IntOptions
@@ -30,7 +30,7 @@ STEP = 32  # the rank of quantized factors is a multiple of this, so that a row 
 
 @dataclass(frozen=True)
 class SVD(TargetOptions):
-    ratio: float = 0.2  # share of the weight's parameters that goes away; the rank is what the others allow
+    ratio: float = 0.2  # share of the weight's parameters that goes away, the rank is what the others allow; 0: the weight stays as it is
     rank: int = 0  # a rank, in the place of ratio; 0: by ratio
     whiten: Literal["cholesky", "asvd", "inputs", "none"] = "cholesky"  # least error of the output, of inputs scaled by loudness, of the input, of W
     alpha: float = 0.5  # for asvd: the power of the input's loudness
@@ -60,15 +60,24 @@ class SVD(TargetOptions):
                                 f"{step} to {int(even) // step * step}{f' in steps of {step}' if step > 1 else ''}, or ignore the layer")  # fmt: skip
         return rank
 
-    def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Product:
+    @property
+    def nothing(self) -> bool:
+        """Factors of as many numbers as the weight has would only lose."""
+        return not (self.ratio or self.rank or self.bits)
+
+    def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Format:
+        if self.nothing:
+            return Dense(torch.empty(shape, dtype=stored, device="meta"))
         (m, n), rank = shape, self.rank_of(shape, where)
         if self.bits is None:
             return Product(tuple(Dense(torch.empty(s, dtype=stored, device="meta")) for s in ((m, rank), (rank, n))))
         plan = lambda m, n, size: IntGroup.planned((m, n), self.bits, size, False, IntOptions.scale_dtype(stored))
         return Product((plan(m, rank, STEP), plan(rank, n, check_group_size(n, self.group_size, where))))
 
-    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Product:
+    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Format:
         """weight [out, in] fp32 (fp64 in tests) → Product of A [out, rank] and B [rank, in], Dense or IntGroup."""
+        if self.nothing:
+            return Dense(weight.to(stored))
         rank, factor, h = self.rank_of(tuple(weight.shape), where), stats.factor(self.damp, False), stats.hessian.diagonal()
         W = self.target(weight, stats, factor)
         a = importance(W, stats) if self.gradient else torch.ones_like(W[:, :1])
