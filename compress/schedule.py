@@ -107,7 +107,7 @@ def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, st
     (option, share), (m, n) = share_of(step, names[0]), W.shape
     shares = _range(schedule, share)
     factor = stats.factor(0.01, False)
-    Hd = stats.hessian + stats.ridge(factor).diag()
+    Hd = torch.eye(n, dtype=W.dtype, device=W.device) if factor.failed else stats.hessian + stats.ridge(factor).diag()
     if a is None:
         a = torch.full_like(W[:, :1], 1 / max(float(((W @ Hd) * W).sum()), 1e-30))
     score, energy = W.abs() * Hd.diagonal().sqrt(), 0.0
