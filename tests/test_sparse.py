@@ -384,12 +384,16 @@ def checkpoint(tmp_path_factory):
 ])  # fmt: skip
 def test_an_artifact_costs_what_was_planned_verifies_and_computes_what_it_holds(recipe, settings, checkpoint, tmp_path):
     plan = compress.plan(str(checkpoint), recipe, settings=settings)
-    report = compress.run(str(checkpoint), recipe, f"file:{checkpoint}/text.txt", tmp_path / "out", settings=settings, samples=8, seqlen=64, show=False)
+    run = lambda: compress.run(str(checkpoint), recipe, f"file:{checkpoint}/text.txt", tmp_path / "out", settings=settings, samples=8, seqlen=64, show=False)
+    report = run()
     stored = sum(t.numel() * t.element_size() for f in (tmp_path / "out").glob("*[0-9].safetensors") for t in load_file(f).values())
     tolerance = 0.01 if load(recipe).with_options(settings).schedule else 0  # which layer pays what is known once calibration has been seen
     assert abs(stored - plan.bytes_after) <= tolerance * stored and stored == report.manifest.totals["bytes"] == report.manifest.totals["planned_bytes"]
     assert {f.what for f in report.fallbacks} <= {"inputs never active"}  # neurons of which no weight is left
     assert compress.verify(str(tmp_path / "out")).ok
+    whole = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "block-00001.safetensors").unlink()
+    assert run().resumed_layers and whole == {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     model, tokens = compress.load(str(tmp_path / "out"), dtype=torch.float32), torch.arange(48)[None]
     layer = model.get_submodule("model.layers.1.mlp.down_proj")
     x = torch.randn(3, layer.in_features)
