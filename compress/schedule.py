@@ -39,12 +39,12 @@ class Schedule:
     """Options of `schedule:` in a recipe."""
 
     by: Literal["gradient", "error", "outliers"] = "gradient"  # what makes layers comparable: the loss's gradient, relative errors, or OWL's outliers
-    spread: float = 0.1  # the most by which a layer's share of zeros, or of parameters gone, may differ from the recipe's
+    spread: float = 0.2  # the most by which a layer's share of zeros, or of parameters gone, may differ from the recipe's
     energy: float = 0.0  # svd only, in the place of a budget: the share of its output that every layer keeps, which sets its rank; 0: by budget
 
     def __post_init__(self):
         if not 0 <= self.spread < 1 or not 0 <= self.energy < 1:
-            raise CompressError(f"spread {self.spread} and energy {self.energy} must lie from 0 to below 1; 0.1 and 0 are usual")
+            raise CompressError(f"spread {self.spread} and energy {self.energy} must lie from 0 to below 1; 0.2 and 0 are usual")
 
 
 @dataclass(frozen=True, eq=False)
