@@ -121,6 +121,8 @@ def test_a_rank_above_break_even_is_refused():
         SVD(rank=40, bits=4).planned((128, 384), torch.bfloat16, "k_proj")
     with pytest.raises(CompressError, match=r"ratio 1\.0"):
         SVD(ratio=1.0)
+    with pytest.raises(CompressError, match="joint solves q, k and v on one H"):
+        SVD(joint=True, guided=True)
     assert SVD(rank=96).planned((128, 384), torch.bfloat16, "k_proj").bits() == 16
 
 

@@ -49,6 +49,8 @@ class SVD(TargetOptions):
         super().__post_init__()
         if not 0 <= self.ratio < 1 or self.rank < 0:
             raise CompressError(f"ratio {self.ratio} must be a share from 0 to below 1 and rank {self.rank} at least 0")
+        if self.joint and self.guided:
+            raise CompressError("joint solves q, k and v on one H, guided weighs their tokens apart; set one of the two to false")
 
     def rank_of(self, shape: tuple[int, int], where: str) -> int:
         """The rank for a weight of that shape. Raises CompressError naming the break-even where factors would not save anything."""
