@@ -377,7 +377,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("recipe", "settings"), [
-    ("sparse-50", {}), ("sparse-2of4", {}), ("sparse-50-w4", {"admm.group_size": 32}), ("sparse-2of4-w4-lr", {"slim.group_size": 32, "slim.extra": 1.0}),
+    ("sparse-50", {}), ("sparse-2of4", {}), ("sparse-50-w4", {"admm.group_size": 64}), ("sparse-2of4-w4-lr", {"slim.group_size": 32, "slim.extra": 1.0}),
     ("svd-20", {}), ("svd-20", {"svd.joint": False}), ("sparse-50", {"schedule.by": "error"}), ("sparse-50-wanda", {}),
     ("svd-20-w4", {"svd.group_size": 32, "svd.rank": 32, "ignore": ["*.o_proj"]}),
     ("svd-20-w4", {"svd.group_size": 32, "svd.rank": 32, "svd.joint": False, "ignore": ["*.k_proj", "*.v_proj"]}), ("dense-sparse-20", {}),
