@@ -13,7 +13,7 @@ layer has the rank that keeps so much of its output. Measured on the original mo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -53,7 +53,7 @@ class Layer:
 
     names: tuple[str, ...]
     step: Step
-    size: int  # weights
+    cost: Callable[[float], float]  # bytes, by what it gives up
     share: float  # by the recipe
     prices: Tensor  # [STEPS], of one number more when giving up `shares`
     outliers: float
@@ -87,7 +87,8 @@ def scheduled(recipe: Recipe, source: Checkpoint, stream: Stream, guidance: list
                     continue
                 W = torch.cat([get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight")) for path in paths])
                 gradient = torch.cat([guidance[i][path].outputs for path in paths]).to(W)[:, None] if guidance and recipe.schedule.by == "gradient" else None
-                layers.append(_layer(recipe.schedule, tuple(f"{name}.{path}" for path in paths), steps[paths[0]], W, stats[site.name], gradient))
+                layers.append(_layer(recipe.schedule, tuple(f"{name}.{path}" for path in paths), steps[paths[0]], block.stored[f"{paths[0]}.weight"], W,
+                                     stats[site.name], gradient))  # fmt: skip
         stream.advance(block)
     chosen = {layer: layer.energy for layer in layers} if recipe.schedule.energy else _shares(recipe.schedule, layers)
     own: list[Step] = []
@@ -103,7 +104,7 @@ def _range(schedule: Schedule, share: float) -> Tensor:
     return torch.linspace(max(0.0, share - schedule.spread), min(0.99, share + schedule.spread), STEPS, dtype=torch.float64)
 
 
-def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, stats: Stats, a: Tensor | None) -> Layer:
+def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, stored: torch.dtype, W: Tensor, stats: Stats, a: Tensor | None) -> Layer:
     (option, share), (m, n) = share_of(step, names[0]), W.shape
     shares = _range(schedule, share)
     factor = stats.factor(0.01, False)
@@ -121,12 +122,14 @@ def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, W: Tensor, st
         prices = spectrum[((1 - shares) * even).long().clamp(0, len(spectrum) - 1)] / (m + n)
         rank = int((spectrum.cumsum(0) / spectrum.sum() < schedule.energy).sum()) + 1
         energy = max(0.0, 1 - rank / even)
-    return Layer(names, step, W.numel(), share, prices.double().clamp(min=1e-300).log(), float((score > LOUD * score.mean()).float().mean()), energy)
+    method = step.build()
+    cost = lambda s: replace(method, **{option: s}).planned((m, n), stored, names[0]).nbytes()
+    return Layer(names, step, cost, share, prices.double().clamp(min=1e-300).log(), float((score > LOUD * score.mean()).float().mean()), energy)
 
 
 def _shares(schedule: Schedule, layers: list[Layer]) -> dict[Layer, float]:
-    """What each layer gives up; all together what the recipe's own shares give up."""
-    wanted = sum(layer.size * layer.share for layer in layers)
+    """What each layer gives up; all together cost no more bytes than with the recipe's own shares."""
+    wanted = sum(layer.cost(layer.share) for layer in layers)
     at = {layer: _range(schedule, layer.share).tolist() for layer in layers}
     level = {layer: layer.outliers for layer in layers}
     low, high = (-1.0, 1.0) if schedule.by == "outliers" else (min(float(x.prices[0]) for x in layers), max(float(x.prices[-1]) for x in layers))
@@ -142,7 +145,7 @@ def _shares(schedule: Schedule, layers: list[Layer]) -> dict[Layer, float]:
         part = (threshold - float(layer.prices[k - 1])) / max(float(layer.prices[k] - layer.prices[k - 1]), 1e-12)
         return s[k - 1] + (s[k] - s[k - 1]) * part
 
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(layer.size * given(layer, middle) for layer in layers) < wanted else (low, middle)
+        low, high = (middle, high) if sum(layer.cost(given(layer, middle)) for layer in layers) > wanted else (low, middle)
     return {layer: given(layer, high) for layer in layers}

@@ -23,14 +23,14 @@ def run(checkpoint, out, recipe, **settings):
 
 
 def layer(name, size, prices, outliers=0.0):
-    return Layer((name,), Step(method="admm"), size, 0.5, torch.as_tensor(prices, dtype=torch.float64), outliers, 0.0)
+    return Layer((name,), Step(method="admm"), lambda s: size * (1 - s), 0.5, torch.as_tensor(prices, dtype=torch.float64), outliers, 0.0)
 
 
 def test_one_price_for_all_and_the_budget_is_spent():
     line = torch.linspace(0, 1, STEPS)
     a, b, c = layer("a", 1000, line), layer("b", 3000, line + 0.5), layer("c", 2000, line - 5)
     shares = _shares(Schedule(spread=0.2), [a, b, c])
-    assert sum(x.size * s for x, s in shares.items()) == pytest.approx(0.5 * 6000, rel=1e-9)
+    assert sum(x.cost(s) for x, s in shares.items()) == pytest.approx(0.5 * 6000, rel=1e-6)
     assert shares[c] == pytest.approx(0.7) and shares[a] > shares[b]  # what costs least goes first, but not beyond the spread
     assert shares[a] - shares[b] == pytest.approx(0.4 * 0.5)  # and the others end at the same price
 
@@ -50,7 +50,7 @@ def test_layers_differ_and_all_together_cost_what_was_planned(recipe, by, checkp
     shares = [r.options[option] for r in report.manifest.layers.values()]
     assert max(shares) - min(shares) > 0.01 and max(abs(s - (0.5 if option == "sparsity" else 0.2)) for s in shares) <= 0.2 + 1e-9
     plan = compress.plan(str(checkpoint), recipe, settings={"schedule.by": by})
-    assert report.manifest.totals["bytes"] == pytest.approx(plan.bytes_after, rel=0.01)
+    assert 0.99 * plan.bytes_after <= report.manifest.totals["bytes"] <= plan.bytes_after
     assert {f.what for f in report.fallbacks} <= {"inputs never active"}  # neurons of which no weight is left
     assert compress.verify(str(tmp_path / "a")).ok
     assert run(checkpoint, tmp_path / "b", recipe, **{"schedule.by": by}).manifest == report.manifest
