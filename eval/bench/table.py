@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ def spec(text: str) -> str:
 
 
 def row(recipe: str, a: argparse.Namespace, folder: Path) -> str:
-    name, *settings = recipe.split(":")
+    name, *settings = re.split(r":(?=[\w-]+\.\w)", recipe)  # not in NAME:admm.pattern=2:4
     out, report = folder / recipe.replace("/", "-"), folder / "report.json"
     options = ["--samples", str(a.samples), "--seqlen", str(a.seqlen), "--json", str(report), *(f"--set={s}" for s in settings)]
     subprocess.run([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", spec(a.calibration), *options],
