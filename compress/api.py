@@ -30,12 +30,15 @@ from .calibration.guidance import guide
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .errors import CompressError
 from .eval import compare as _compare
+from .experts import fused_experts
 from .export import Exported
 from .export import write as _export
 from .linear import CompressedLinear
 from .preflight import SCHEDULE_WINDOWS, Plan
 from .schedule import scheduled
+from .skeleton import KEY
 from .stream import Stream
+from .structure.scratch import Scratch, brief
 from .verification import Verification
 from .version import __version__
 from .walk import Done, copy_outer, restore, walk
@@ -66,42 +69,47 @@ class Report:
 
     def __str__(self) -> str:
         t = self.manifest.totals
+        if not self.manifest.layers:
+            return (f"{self.path}: {t['source_bytes'] / 1e6:.1f} MB → {t['bytes'] / 1e6:.1f} MB, {t['parameters'] / 1e6:.2f} M parameters"
+                    f"{', a plain Hugging Face model' if self.manifest.plain else ''}, {self.seconds:.1f} s, {sum(f.count for f in self.fallbacks)} fallbacks")
         return (f"{self.path}: {t['source_bytes'] / 1e6:.1f} MB → {t['bytes'] / 1e6:.1f} MB, {t['linear_bits']:.2f} bits per compressed weight "
                 f"({t['model_bits']:.2f} over the whole model), {self.seconds:.1f} s, {sum(f.count for f in self.fallbacks)} fallbacks")  # fmt: skip
 
 
 def plan(model: str, recipe: str | dict | _recipe.Recipe = "w4-gptq", *, settings: list[str] | dict | None = None, samples: int = 128,
-         seqlen: int = 512, dtype: str = "auto", trust_remote_code: bool = False) -> Plan:  # fmt: skip
+         seqlen: int = 512, dtype: str = "auto", uniform: bool = False, trust_remote_code: bool = False) -> Plan:  # fmt: skip
     """What `run` would make and cost: bytes (exact), RAM and time (estimates), layer by layer. Reads headers only."""
-    chosen = _recipe.load(recipe).with_options(settings or [])
-    source = chosen.viewed(Checkpoint(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code))
-    return preflight.make(source, chosen, samples=samples, seqlen=seqlen)
+    chosen = _evenly(uniform, _recipe.load(recipe).with_options(settings or []))
+    source = Checkpoint(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code)
+    return preflight.make(chosen.viewed(_uniform(uniform, chosen.guessed(source))), chosen, samples=samples, seqlen=seqlen)
 
 
 def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", calibration: str | CalibrationSet = "stdlib", output: str | Path = "out", *,
         settings: list[str] | dict | None = None, samples: int = 128, seqlen: int = 512, seed: int = 0, pack: bool = True,
         chat_template: bool = False, device: str = "auto", dtype: str = "auto", strict: bool = False, overwrite: bool = False,
-        trust_remote_code: bool = False, show: bool = True) -> Report:  # fmt: skip
+        uniform: bool = False, trust_remote_code: bool = False, show: bool = True) -> Report:  # fmt: skip
     """Compress a checkpoint into an artifact folder.
 
     model: folder or hub id. recipe: name, YAML path, dict or Recipe; settings: {"gptq.bits": 3} or ["gptq.bits=3"] on top of it.
     calibration: a SPEC (see calibration/data.py) or a CalibrationSet; read only where a method needs statistics. device: auto, cpu, cuda.
     dtype: what the blocks compute in (auto: the checkpoint's own where the device is fast at it, else float32). strict: any fallback raises.
+    uniform: what structural steps leave must be a plain Hugging Face model, so layers lose the same share; refused where it cannot be one.
     An interrupted run is continued by the same call; a folder that holds another run is refused unless overwrite=True.
     Raises CompressError, one line with a way out, on bad input.
     """
     started = time.perf_counter()
-    chosen = _recipe.load(recipe).with_options(settings or [])
+    chosen = _evenly(uniform, _recipe.load(recipe).with_options(settings or []))
     device = _device(device)
-    source = chosen.viewed(Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code))
+    whole = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
+    source = chosen.viewed(_uniform(uniform, chosen.guessed(whole)))
     planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)  # refuses bad group sizes before anything is written
     fallbacks = [{"what": "pattern matches nothing", "where": p, "count": 1, "detail": "no linear of this model has such a path"}
-                 for p in preflight.unmatched(chosen, planned.layers)] + source.notes  # fmt: skip
+                 for p in preflight.unmatched(chosen, planned.layers)]  # fmt: skip
     needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
     data = None
     if chosen.schedule:
         needs |= {"hessian"} | ({"gradient"} if chosen.schedule.by == "gradient" else set())
-    if needs or chosen.tune or chosen.distill or chosen.transforms:
+    if needs or chosen.tune or chosen.distill or chosen.transforms or any(step.needs_text for step in chosen.structural()):
         data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
             calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template,
             model=_whole(source) if calibration == "self" else None)  # fmt: skip
@@ -115,9 +123,8 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         tell = lambda name, found: progress.line(f"transform {name}: " + (found if isinstance(found, str) else f"error {found:.3e}"), show)
         chosen = transforms.choose(source, chosen, data, batch=batch, device=device, tell=tell)
         source = chosen.viewed(source)
-        fallbacks += [note for note in source.notes if note not in fallbacks]
-    _strict(strict, fallbacks)
-    identity = {"source": source.digest(), "recipe": chosen.identity(),
+    _strict(strict, fallbacks + source.notes)
+    identity = {"source": whole.digest(), "recipe": chosen.identity(),
                 "calibration": data and data.record | {"sha256": _digest(data)}, "seed": seed,
                 "dtype": str(source.dtype)[6:], "device": torch.device(device).type, "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
     folder = Path(output)
@@ -128,9 +135,16 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
             _strict(strict, [f.model_dump() for f in manifest.fallbacks])
             return Report(str(folder), manifest, time.perf_counter() - started, len(manifest.layers), _peak_rss())
         _room(folder, planned.disk)
+        scratch = Scratch(folder, identity) if chosen.structure else None
+        structure = [] if scratch is None else _structure(chosen, whole, data, scratch, batch, device, show)
+        if scratch:
+            source = chosen.viewed(_uniform(uniform, _smaller(chosen, whole, structure, scratch)))
+            planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)
+        fallbacks += [note for note in source.notes if note not in fallbacks]
         generator = torch.Generator().manual_seed(seed)
         probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
-        enter = partial(Stream, source, tokens=data.tokens, mask=data.mask, batch=batch, device=device, folder=folder.parent) if data else None
+        streamed = data if needs or chosen.tune or chosen.distill or chosen.transforms else None  # structural steps have seen the text before
+        enter = partial(Stream, source, tokens=streamed.tokens, mask=streamed.mask, batch=batch, device=device, folder=folder.parent) if streamed else None
         stream = enter() if enter else None
         original = enter() if enter and ("cross" in needs or chosen.tune or chosen.distill) else None
         guidance = None
@@ -165,7 +179,11 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         headers[PROBE.removesuffix(".safetensors")] = writer.commit(PROBE.removesuffix(".safetensors"), {
             "tokens": probe.tokens, "logits": next(probe.logits())[:, -PROBE_KEPT:].float()}, {}, fallbacks)  # fmt: skip
         _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
-        manifest = writer.finish(headers, source.path, source.changes, source.blocks_path, _totals(headers, source, planned), __version__)
+        plain = bool(chosen.structure) and not compressed and not any(getattr(source.config, KEY, None) or ()) and not fused_experts(source.model)
+        manifest = writer.finish(headers, source.path, source.changes, source.blocks_path, _totals(headers, source, planned), __version__,
+                                 plain=plain, structure=structure)  # fmt: skip
+        if scratch:
+            scratch.remove()
     finally:
         writer.close()
     return Report(str(folder), manifest, time.perf_counter() - started, resumed, _peak_rss())
@@ -262,6 +280,14 @@ def import_checkpoint(model: str, output: str | Path, *, dtype: str = "auto", ov
     return Report(str(output), manifest, time.perf_counter() - started, 0, _peak_rss())
 
 
+def extract(model: str, output: str | Path, *, width: float, dtype: str = "auto", overwrite: bool = False, trust_remote_code: bool = False) -> Report:
+    """A submodel of a model whose neurons were put in order by a structural step `nest`: the first `width` of every MLP, as a plain Hugging Face folder."""
+    if not 0 < width < 1:
+        raise CompressError(f"width {width}: the share of the MLP neurons that stays, between 0 and 1")
+    recipe = {"name": f"extract-{width:g}", "structure": [{"width": {"mlp": 1 - width, "by": "order", "across": "layer"}}]}
+    return run(model, recipe, output=output, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code, show=False)
+
+
 def export(path: str, to: str, output: str | Path, *, base_model: str | None = None, evaluation: str | Path | dict | None = None,
            trust_remote_code: bool = False) -> Exported:  # fmt: skip
     """Write an artifact in the layout of another program (compress/export/), exact codes and scales, with a model card.
@@ -294,6 +320,44 @@ def _device(device: str) -> str:
         raise CompressError(f"device {device!r}: {f'only {count} CUDA devices are' if count else 'no CUDA device is'} visible to torch {torch.__version__}; "
                             "use --device cpu")  # fmt: skip
     return device
+
+
+def _structure(recipe: _recipe.Recipe, source: Checkpoint, data: CalibrationSet | None, scratch: Scratch, batch: int, device: str,
+               show: bool) -> list[dict[str, Any]]:  # fmt: skip
+    """The plan of every structural step, each measured on what the steps before it left."""
+
+    def enter(model: Checkpoint, windows: int) -> Stream:
+        assert data is not None
+        rows = slice(windows or None)
+        return Stream(model, data.tokens[rows], None if data.mask is None else data.mask[rows], batch=batch, device=device, folder=scratch.folder)
+
+    plans: list[dict[str, Any]] = []
+    for k, step in enumerate(recipe.structural()):
+        smaller = _smaller(recipe, source, plans, scratch)
+        plans.append(scratch.plan(f"plan-{k}", partial(step.measure, smaller, enter, scratch)))
+        if show:
+            progress.console.print(f"structure {k + 1}: {brief(type(step).__name__.lower(), plans[-1])}", highlight=False, markup=False, soft_wrap=True)
+    return plans
+
+
+def _smaller(recipe: _recipe.Recipe, source: Checkpoint, plans: list[dict[str, Any]], scratch: Scratch) -> Checkpoint:
+    for step, found in zip(recipe.structural(), plans, strict=False):
+        source = step.apply(source, found, scratch)
+    return source
+
+
+def _evenly(uniform: bool, recipe: _recipe.Recipe) -> _recipe.Recipe:
+    """`uniform`: the width steps of a recipe take the same share of every layer."""
+    has_width = any(e == "width" or "width" in e for e in recipe.structure)
+    return recipe.with_options({"width.across": "layer"}) if uniform and has_width else recipe
+
+
+def _uniform(uniform: bool, source: Checkpoint) -> Checkpoint:
+    if uniform and any(fields := getattr(source.config, KEY, None) or ()):
+        i = next(i for i, f in enumerate(fields) if f)
+        raise CompressError(f"{source.name}: --uniform: a plain configuration of {source.config.model_type} cannot say {fields[i]} of block {i}; leave out "
+                            "--uniform, or the step that does it")  # fmt: skip
+    return source
 
 
 def _named(dtype: str) -> torch.dtype:
@@ -364,7 +428,7 @@ def _totals(headers: dict[str, dict], source: Checkpoint, planned: Plan) -> dict
                  for h in headers.values() for t in h["tensors"].values() if t["shard"] != PROBE)  # fmt: skip
     linear_parameters, linear_bytes = sum(r["parameters"] for r in layers), sum(r["bytes"] for r in layers)
     return {"parameters": planned.parameters, "linear_parameters": linear_parameters, "bytes": stored, "linear_bytes": linear_bytes,
-            "source_bytes": planned.bytes_before, "linear_bits": 8 * linear_bytes / linear_parameters if layers else 0.0,
+            "source_bytes": planned.bytes_before, "linear_bits": 8 * linear_bytes / linear_parameters if layers else 8 * stored / planned.parameters,
             "model_bits": 8 * stored / planned.parameters, "planned_bytes": planned.bytes_after}  # fmt: skip
 
 

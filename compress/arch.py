@@ -42,6 +42,8 @@ class Arch:
     skip: tuple[str, ...] = ()                 # linears left alone on purpose: routers
     when: tuple[tuple[str, object], ...] = ()  # config values it describes; the first entry that matches counts
     also: tuple[tuple[str, str], ...] = ()     # (norm, fused weight) of what reads a norm's output with other readers
+    qkv: str = "grouped"                       # rows of a fused qkv: group by group, or "concat": all q, all k, all v
+    fixed_heads: str = ""                      # why no head can be taken out
 
     def sites_of(self, block: nn.Module) -> tuple[Site, ...]:
         """The sites present in this block, experts expanded. No expert feeds another, so the inputs of all experts come
@@ -86,7 +88,8 @@ LLAMA = Arch("model.layers", (ATTN_IN, ATTN_OUT, MLP_IN, MLP_OUT))
 # Norms on both sides of a sublayer: post_attention_layernorm closes attention, pre_feedforward_layernorm opens the MLP.
 GEMMA = Arch("model.layers", (ATTN_IN, ATTN_OUT, replace(MLP_IN, previous="pre_feedforward_layernorm"), MLP_OUT))
 # Norms only after a sublayer: q, k, v and the MLP read the residual stream itself.
-OLMO2 = Arch("model.layers", (replace(ATTN_IN, previous=None), ATTN_OUT, replace(MLP_IN, previous=None), MLP_OUT))
+OLMO2 = Arch("model.layers", (replace(ATTN_IN, previous=None), ATTN_OUT, replace(MLP_IN, previous=None), MLP_OUT),
+             fixed_heads="q_norm and k_norm span all heads")
 # A block is dense or sparse; the sites it lacks drop out. The routers are bare parameters, not linears.
 MOE = Arch("model.layers", (
     *LLAMA.sites,
@@ -97,7 +100,7 @@ PHI3 = Arch("model.layers", (
     Site("attn.input", ("self_attn.qkv_proj",), "input_layernorm"),
     Site("attn.output", ("self_attn.o_proj",), None),
     Site("mlp.input", ("mlp.gate_up_proj",), "post_attention_layernorm"),
-    Site("mlp.output", ("mlp.down_proj",), "mlp.gate_up_proj")))
+    Site("mlp.output", ("mlp.down_proj",), "mlp.gate_up_proj")), qkv="concat")
 OPT = Arch("model.decoder.layers", (
     replace(ATTN_IN, previous="self_attn_layer_norm"),
     Site("attn.output", ("self_attn.out_proj",), "self_attn.v_proj"),
@@ -110,7 +113,7 @@ GPT2 = Arch("transformer.h", (
     Site("attn.input", ("attn.c_attn",), "ln_1"),
     Site("attn.output", ("attn.c_proj",), None),
     Site("mlp.input", ("mlp.c_fc",), "ln_2"),
-    Site("mlp.output", ("mlp.c_proj",), None)))
+    Site("mlp.output", ("mlp.c_proj",), None)), qkv="concat")
 # Attention and MLP may run in parallel, but each has a norm of its own: two activations, two sites.
 GPT_NEOX = Arch("gpt_neox.layers", (
     Site("attn.input", ("attention.query_key_value",), "input_layernorm"),
@@ -123,9 +126,10 @@ DENSE = Site("attn.output", ("self_attention.dense",), None)
 FC1_IN = Site("mlp.input", ("mlp.dense_h_to_4h",), "post_attention_layernorm")
 FC2 = Site("mlp.output", ("mlp.dense_4h_to_h",), None)
 
-BLOOM = Arch("transformer.h", (QKV_IN, DENSE, FC1_IN, FC2), when=(("apply_residual_connection_post_layernorm", False),))
-BLOOM_POST = Arch("transformer.h", (replace(QKV_IN, previous=None), DENSE, replace(FC1_IN, previous=None), FC2))
-FALCON_RW = Arch("transformer.h", (QKV_IN, DENSE, FC1_IN, FC2), when=(("parallel_attn", False),))
+ALIBI = "ALiBi gives every head a slope by its number"
+BLOOM = Arch("transformer.h", (QKV_IN, DENSE, FC1_IN, FC2), when=(("apply_residual_connection_post_layernorm", False),), fixed_heads=ALIBI)
+BLOOM_POST = Arch("transformer.h", (replace(QKV_IN, previous=None), DENSE, replace(FC1_IN, previous=None), FC2), fixed_heads=ALIBI)
+FALCON_RW = Arch("transformer.h", (QKV_IN, DENSE, FC1_IN, FC2), when=(("parallel_attn", False),), fixed_heads=ALIBI)
 FALCON_40B = Arch("transformer.h", (
     replace(QKV_IN, previous="ln_attn"), DENSE, replace(FC1_IN, previous="ln_mlp"), FC2),
     when=(("num_ln_in_parallel_attn", 2),))

@@ -88,6 +88,8 @@ class Manifest(Record):
     shards: dict[str, str]  # SHA-256 of each shard's header: with those of the tensors, every byte is accounted for
     fallbacks: list[Fallback]
     totals: dict[str, float]
+    structure: list[dict[str, Any]] = []  # what the structural steps of the recipe found, in their order
+    plain: bool = False  # transformers loads it without this package
     training: dict[str, list[float]] = {}  # what was trained after solving (a block, "model") → error on held-out windows before and after
 
 
@@ -269,10 +271,15 @@ class Writer:
         (self.folder / f"{shard}.safetensors").unlink(missing_ok=True)
         _sync(self.folder)
 
-    def finish(self, headers: dict[str, dict], source: Path, changes: dict[str, Any], blocks: str, totals: dict[str, float], version: str) -> Manifest:
-        """Everything beside the shards, the manifest last; `changes` are the values of config.json that a view changed."""
-        config = json.loads((source / "config.json").read_text()) | changes
-        config["quantization_config"] = {"quant_method": "compress", "format_version": FORMAT_VERSION, "manifest": MANIFEST}
+    def finish(self, headers: dict[str, dict], source: Path, changes: dict[str, Any], blocks: str, totals: dict[str, float], version: str, *,
+               plain: bool = False, structure: list[dict[str, Any]] | None = None) -> Manifest:  # fmt: skip
+        """Everything beside the shards, the manifest last; `changes` are the values of config.json that a view or a structural step changed.
+
+        `plain`: the shards are what the class of the model stores, so that transformers loads them without this package.
+        """
+        config = {k: v for k, v in (json.loads((source / "config.json").read_text()) | changes).items() if v is not None or k not in changes}
+        if not plain:
+            config["quantization_config"] = {"quant_method": "compress", "format_version": FORMAT_VERSION, "manifest": MANIFEST}
         weights = {name: t for shard, h in headers.items() if f"{shard}.safetensors" != PROBE for name, t in h["tensors"].items()}
         stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize for t in weights.values())
         for file in companions(source):
@@ -291,7 +298,7 @@ class Writer:
                             layers={n: r for h in headers.values() for n, r in h["layers"].items()},
                             tensors={n: t for h in headers.values() for n, t in h["tensors"].items()},
                             files=files, shards={f"{shard}.safetensors": h["sha256"] for shard, h in headers.items()},
-                            fallbacks=list(fallbacks.values()), totals=totals,
+                            fallbacks=list(fallbacks.values()), totals=totals, structure=structure or [], plain=plain,
                             training={k: v for h in headers.values() for k, v in h["training"].items()})  # fmt: skip
         write_json(self.folder / MANIFEST, manifest.model_dump())
         (self.folder / PARTIAL).unlink(missing_ok=True)

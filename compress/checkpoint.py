@@ -30,6 +30,7 @@ from .arch import find_blocks, table_entry
 from .artifact import companions
 from .errors import CompressError
 from .experts import unfuse_experts
+from .skeleton import reshape
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -110,7 +111,7 @@ class Checkpoint:
             except (ValueError, KeyError) as error:
                 raise CompressError(f"{self.name}: not a causal language model that can be built ({str(error).splitlines()[0]})") from error
         model.tie_weights()
-        return model.eval()
+        return reshape(model).eval()
 
     @cached_property
     def blocks_path(self) -> str:
@@ -144,7 +145,11 @@ class Checkpoint:
                 continue
             group = found.get(target) or Group(target, (), by_pattern.get(pattern))
             found[target] = Group(target, (*group.sources, (key, pattern or key)), group.converter)
-        if self.changes.get("tie_word_embeddings") is False:  # one tensor on disk, two in the model
+        return self._headed(found)
+
+    def _headed(self, found: dict[str, Group]) -> dict[str, Group]:
+        """Groups with one for a head that was untied: one tensor on disk, two in the model."""
+        if self.changes.get("tie_word_embeddings") is False:
             names = [f"{name}.weight" for name, m in self.model.named_modules()
                      if m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())]  # fmt: skip
             sources = next(found[n].sources for n in names if n in found)
@@ -167,6 +172,9 @@ class Checkpoint:
     def stored(self, group: Group) -> torch.dtype:
         """The dtype of a group's tensors on disk, here and in an artifact."""
         return self.entries[group.sources[0][0]].dtype
+
+    def parameters(self) -> int:
+        return sum(torch.Size(e.shape).numel() for e in self.entries.values())
 
     def nbytes(self, groups: list[Group]) -> int:
         return sum(self.entries[key].nbytes for g in groups for key, _ in g.sources)

@@ -21,6 +21,8 @@ from .errors import CompressError
 from .export import EXPORTS
 from .methods import describe
 from .scaling import BLOCKS
+from .structure import STRUCTURE
+from .structure.scratch import brief
 from .version import __version__
 from .views import VIEWS
 
@@ -40,6 +42,7 @@ Seed = Annotated[int, typer.Option(help="Seed of every random choice")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: what the blocks compute in")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="Structural steps leave a plain Hugging Face model: every layer loses the same share")]
 Remote = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint")]
 
 
@@ -62,12 +65,12 @@ def duration(seconds: float) -> str:
 
 @app.command()
 def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, samples: Samples = 128, seqlen: Seqlen = 512, dtype: DType = "auto",
-         trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+         uniform: Uniform = False, trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """What a run would make and cost, before an hour is spent: bytes, RAM, disk, time, layer by layer.
 
     compress plan Qwen/Qwen3-0.6B --recipe w4-gptq
     """
-    p = api.plan(model, recipe, settings=set_, samples=samples, seqlen=seqlen, dtype=dtype, trust_remote_code=trust_remote_code)
+    p = api.plan(model, recipe, settings=set_, samples=samples, seqlen=seqlen, dtype=dtype, uniform=uniform, trust_remote_code=trust_remote_code)
     table = Table("layer", "shape", "method", "format", "before", "after", "bits")
     for r in p.layers:
         table.add_row(r.name, f"{r.shape[0]}×{r.shape[1]}", r.method or "kept", r.describe, size(r.bytes_before), size(r.bytes_after), f"{r.bits:.3f}")
@@ -90,13 +93,13 @@ def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help
         device: Device = "auto", dtype: DType = "auto",
         strict: Annotated[bool, typer.Option("--strict", help="Fail on any fallback")] = False,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
-        trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+        uniform: Uniform = False, trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Compress a checkpoint into an artifact folder. Interrupted? Give the same command again: finished blocks are kept.
 
     compress run Qwen/Qwen3-0.6B --recipe w4-gptq --calibration wikitext2 -o out --set gptq.bits=3
     """
     report = api.run(model, recipe, calibration, output, settings=set_, samples=samples, seqlen=seqlen, seed=seed, pack=pack,
-                     chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
+                     chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite, uniform=uniform,
                      trust_remote_code=trust_remote_code)  # fmt: skip
     out.print(str(report), highlight=False, soft_wrap=True)
     _fallbacks(report.fallbacks)
@@ -170,6 +173,8 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
     t = manifest.totals
     out.print(f"{size(t['source_bytes'])} → {size(t['bytes'])}, {t['linear_bits']:.3f} bits per compressed weight, {t['model_bits']:.3f} over the model; "
               f"recipe {manifest.run['recipe']['name']}, compress {manifest.compress}", highlight=False)  # fmt: skip
+    for step, found in zip(manifest.run["recipe"].get("structure", []), manifest.structure, strict=False):
+        out.print(f"structure: {brief(step['structure'], found)}", highlight=False, markup=False, soft_wrap=True)
     _fallbacks(manifest.fallbacks)
     if not manifest.fallbacks:
         out.print("no fallbacks")
@@ -177,7 +182,7 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
 
 
 def _methods(json_: Path | None) -> None:
-    described = [*describe(), *describe(VIEWS), *describe(BLOCKS)]
+    described = [*describe(), *describe(STRUCTURE), *describe(VIEWS), *describe(BLOCKS)]
     for method in described:
         out.print(f"{method['name']}: {method['about']}", highlight=False, markup=False)
         table = Table("option", "default", "values", "what it does")
@@ -215,6 +220,20 @@ def export(path: Artifact, to: Annotated[str, typer.Option(help=", ".join(EXPORT
     for n in result.notes:
         out.print(f"note: {n.what}, {n.where}: {n.detail}", style="yellow", highlight=False, soft_wrap=True)
     save(json_, result.to_json())
+
+
+@app.command()
+def extract(model: Model, output: Annotated[str, typer.Option("--output", "-o", help="Folder of the submodel")],
+            width: Annotated[float, typer.Option(help="Share of the neurons of every MLP that stays: the first ones")] = 0.5, dtype: DType = "auto",
+            overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
+            trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Cut a narrower model out of one whose neurons were put in order (recipe step `nest`).
+
+    compress run MODEL -r nested -o out && compress extract out --width 0.5 -o half
+    """
+    report = api.extract(model, output, width=width, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    out.print(str(report), highlight=False, soft_wrap=True)
+    save(json_, report.to_json())
 
 
 @app.command(name="import")

@@ -18,6 +18,7 @@ from .artifact import MANIFEST, Manifest, read_manifest
 from .experts import fused_experts, unfuse_experts
 from .formats import Format, build
 from .linear import CompressedLinear, install
+from .skeleton import reshape
 
 
 @register_quantization_config("compress")
@@ -34,7 +35,7 @@ class CompressQuantizer(HfQuantizer):
         folder = Path(checkpoint_files[0]).parent
         if not (folder / MANIFEST).is_file():  # a hub repository: only what transformers asks for has been downloaded
             cached_file(model.config._name_or_path, MANIFEST)
-        prepare(model, read_manifest(folder))
+        prepare(reshape(model), read_manifest(folder))
         for module in model.modules():  # transformers would initialise what it takes for new (GPT-2 reads its children's .weight to do so)
             if any(isinstance(child, CompressedLinear) for child in module.children()):
                 module._is_hf_initialized = True

@@ -126,7 +126,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     solved = sum(r.shape[0] * r.shape[1] for r in compressed)
     work += tokens * solved * (6.0 * guided + 8.0 * (recipe.distill.epochs if recipe.distill else 0))
     work += 6.0 * solved * batch * seqlen * (recipe.tune.steps if recipe.tune else 0)
-    parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
+    parameters = source.parameters()
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
     block_bytes = max((source.nbytes(source.block_groups(i)) for i in range(source.num_blocks)), default=0)
     block_bytes = block_bytes * source.dtype.itemsize // source.stored_dtype.itemsize
@@ -148,7 +148,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
     warnings += late if recipe.schedule and recipe.schedule.energy else []
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
-                8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
+                8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 8 * after / parameters, 8 * after / parameters,
                 max((2 + twice) * block_bytes + states + working, outer + states, trained + states), after + (8 << 20),
                 _seconds(source, work, before) if timed else 0.0, tuple(warnings))  # fmt: skip
 

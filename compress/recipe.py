@@ -6,6 +6,7 @@
         bits: 4
         group_size: 128
     ignore: ["*.router"]      # glob patterns of module paths, e.g. model.layers.0.self_attn.q_proj
+    structure: [{drop: {count: 2}}, refit]   # the model is made smaller first: fewer blocks, heads, neurons (structure/); then steps may be empty
     views: [fold_norms, {rotate: {untie: true}}]   # the model is rewritten into an equal one before anything else (views.py)
     blocks: [awq]             # each block is prepared before its linears are compressed (scaling.py)
 
@@ -31,6 +32,7 @@ from .errors import CompressError
 from .methods import METHODS
 from .scaling import BLOCKS
 from .schedule import Schedule
+from .structure import STRUCTURE
 from .tune import Tune
 from .views import VIEWS
 
@@ -64,7 +66,8 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     description: str = ""
-    steps: tuple[Step, ...] = Field(min_length=1)
+    structure: tuple[Named, ...] = ()  # what is taken out of the model before anything else
+    steps: tuple[Step, ...] = ()
     ignore: tuple[str, ...] = ()
     tune: Tune | None = None  # train codes and scales of each block against the original block, after its linears are solved
     distill: Distill | None = None  # at the end, train scales, norms and rounding of the whole model on the KL divergence
@@ -81,6 +84,15 @@ class Recipe(BaseModel):
             source = view(source)
         return source
 
+    def structural(self) -> list:
+        return [step for _, step in _named("structural step", self.structure, STRUCTURE)]
+
+    def guessed(self, source: Checkpoint) -> Checkpoint:
+        """The smaller model that the structural steps will leave, in size: found without any text."""
+        for step in self.structural():
+            source = step.apply(source, step.guess(source))
+        return source
+
     def changes(self) -> list:
         return [step for _, step in _named("block step", self.blocks, BLOCKS)]
 
@@ -88,6 +100,8 @@ class Recipe(BaseModel):
         """Every step and view built once, so that a bad option is told before anything is read or written."""
         if self.transforms and (self.views or self.blocks):
             raise CompressError(f"recipe {self.name}: transforms: auto chooses views and blocks itself; leave them out, or transforms")
+        if self.structure and (self.transforms or self.distill):
+            raise CompressError(f"recipe {self.name}: {'transforms' if self.transforms else 'distill'} needs the whole model; leave out structure, or it")
         if self.distill and (self.views or self.blocks or self.transforms):
             raise CompressError(f"recipe {self.name}: distill trains the model in its own basis; leave out views, blocks and transforms, or distill")
         self.identity()
@@ -98,7 +112,9 @@ class Recipe(BaseModel):
         steps = [{"method": s.method, "match": s.match} | _fields(s.build()) for s in self.steps]
         views = [{"view": name} | _fields(view) for name, view in _named("view", self.views, VIEWS)]
         blocks = [{"block": name} | _fields(step) for name, step in _named("block step", self.blocks, BLOCKS)]
-        return self.model_dump(mode="json", exclude={"steps", "views", "blocks"}) | {"steps": steps, "views": views, "blocks": blocks}
+        structure = [{"structure": name} | _fields(step) for name, step in _named("structural step", self.structure, STRUCTURE)]
+        lists = {"structure": structure, "steps": steps, "views": views, "blocks": blocks}
+        return self.model_dump(mode="json", exclude=set(lists)) | lists
 
     def step_for(self, path: str) -> Step | None:
         """The first step that fits a module path, or None where the linear stays as it is."""
@@ -119,13 +135,17 @@ class Recipe(BaseModel):
         for key, value in pairs:
             method, _, option = key.rpartition(".")
             if not method:
-                known = ("ignore", "generated", "true_sequential", "views", "blocks", "transforms")
+                known = ("ignore", "generated", "true_sequential", "views", "blocks", "transforms", "structure")
                 if option not in known:
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value
                 continue
             if method in ("tune", "distill", "schedule"):
                 data[method] = (data[method] or {}) | {option: value}
+                continue
+            if method in STRUCTURE and any(method == e or method in e for e in data["structure"]):
+                data["structure"] = [{method: ({} if e == method else e[method]) | {option: value}} if e == method or method in e else e
+                                     for e in data["structure"]]  # fmt: skip
                 continue
             hit = [step for step in data["steps"] if step["method"] == method]
             if not hit:
@@ -218,7 +238,10 @@ def load(recipe: str | Path | dict | Recipe) -> Recipe:
 
 def _validate(data: dict, where: str) -> Recipe:
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
+        if not recipe.steps and not recipe.structure:
+            raise CompressError(f"{where}: steps: required, at least one, where there is no `structure:`")
+        return recipe
     except ValidationError as error:
         first = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
         place = ".".join(str(p) for p in first["loc"])

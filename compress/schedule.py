@@ -24,8 +24,8 @@ from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .linear import get_weight
-from .stream import Stream
-from .walk import bundles, sites_of, stages
+from .stream import Stream, sites_of
+from .walk import bundles, stages
 
 if TYPE_CHECKING:
     from .recipe import Recipe, Step

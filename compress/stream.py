@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from .arch import Arch, Site, infer_sites, routers, table_entry
 from .calibration import hidden
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
@@ -353,3 +354,12 @@ class Stream:
         tail = self.tail()
         for rows in self.batches():
             yield tail(self.hidden[rows].to(self.device))
+
+
+def sites_of(source: Checkpoint, block: nn.Module, stream: Stream) -> tuple[Site, ...]:
+    """The sites of a block: from the table, or by watching its linears while a few tokens pass."""
+    arch = table_entry(source.model)
+    if arch is None:
+        watched = infer_sites(block, lambda: stream.forward(block, next(stream.batches()), stream.calls[stream.at][0]))
+        arch = Arch(source.blocks_path, watched, skip=routers(block))
+    return arch.sites_of(block)

@@ -18,8 +18,8 @@ from .calibration.data import CalibrationSet
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .recipe import Recipe
-from .stream import Stream
-from .walk import _compress_block, _prepare, _twin, sites_of
+from .stream import Stream, sites_of
+from .walk import _compress_block, _prepare, _twin
 
 CANDIDATES: dict[str, dict[str, list]] = {"none": {}, "fold_norms": {"views": ["fold_norms"]}, "rotate": {"views": ["rotate"]}, "awq": {"blocks": ["awq"]},
                                           "smooth": {"blocks": ["smooth"]}}  # fmt: skip

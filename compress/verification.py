@@ -52,9 +52,10 @@ class ArtifactCheckpoint(Checkpoint):
         super().__init__(str(folder), dtype=getattr(torch, manifest.run["dtype"]), trust_remote_code=trust_remote_code)
 
     def _check_config(self) -> None:
-        if getattr(self.config, "quantization_config", {}).get("quant_method") != "compress":
+        if not self.manifest.plain and getattr(self.config, "quantization_config", {}).get("quant_method") != "compress":
             raise CompressError(f"{self.name}: config.json has no quantization_config of method compress: transformers would not load this artifact")
-        del self.config.quantization_config  # the skeleton is the original's; the formats come from the manifest
+        if not self.manifest.plain:
+            del self.config.quantization_config  # the skeleton is the original's; the formats come from the manifest
 
     @cached_property
     def groups(self) -> dict[str, Group]:

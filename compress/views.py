@@ -257,7 +257,7 @@ def _along(axis: int, f: Edit) -> Edit:
         x = W.movedim(axis, -1)
         flat = x.reshape(-1, x.shape[-1])
         done = torch.cat([f(piece.double()).to(_wide(W)) for piece in flat.split(max(1, PIECE // x.shape[-1]))])
-        return done.view(x.shape).movedim(-1, axis).contiguous()
+        return done.view(*x.shape[:-1], -1).movedim(-1, axis).contiguous()
 
     return edit
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .arch import Arch, Site, infer_sites, routers, table_entry
+from .arch import Site
 from .artifact import LayerRecord, Writer
 from .calibration.guidance import Guidance
 from .calibration.hidden import release
@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint
 from .errors import CompressError
 from .formats import Format, build, split_rows
 from .linear import get_weight, in_features, set_weight
-from .stream import Stream
+from .stream import Stream, sites_of
 from .tune import tune_block
 
 if TYPE_CHECKING:
@@ -204,15 +204,6 @@ def _move_bias(block: nn.Module, path: str, shift: Tensor) -> None:
 def _release(block: nn.Module) -> None:
     if sum(p.numel() for p in block.parameters()) > RELEASE:
         release()
-
-
-def sites_of(source: Checkpoint, block: nn.Module, stream: Stream) -> tuple[Site, ...]:
-    """The sites of a block: from the table, or by watching its linears while a few tokens pass."""
-    arch = table_entry(source.model)
-    if arch is None:
-        watched = infer_sites(block, lambda: stream.forward(block, next(stream.batches()), stream.calls[stream.at][0]))
-        arch = Arch(source.blocks_path, watched, skip=routers(block))
-    return arch.sites_of(block)
 
 
 def stages(block: nn.Module, sites: list[Site], true_sequential: bool) -> Iterator[list[Site]]:

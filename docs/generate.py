@@ -7,6 +7,7 @@ from compress.distill import Distill
 from compress.methods import METHODS, describe
 from compress.scaling import BLOCKS
 from compress.schedule import Schedule
+from compress.structure import STRUCTURE
 from compress.tune import Tune
 from compress.views import VIEWS
 
@@ -22,6 +23,12 @@ prints the methods.
 TRAINING = """# Training
 
 A recipe's `tune:` and `distill:` train what the methods made, the first block by block, the second at the end (`--set tune.steps=200`).
+"""
+
+SMALLER = """# Structure
+
+A structural step makes the model smaller before anything else. A recipe lists them under `structure`, in order, by name or with options:
+`structure: [{drop: {count: 2}}, refit]`; `steps` may then be empty. What they do and what they cost: [structure.md](structure.md).
 """
 
 VIEW = """# Views
@@ -44,7 +51,8 @@ A block step edits a block exactly before anything in it is rounded; a recipe li
 def page() -> str:
     cell = lambda value: str(value).replace("|", "\\|")
     lines: list[str] = []
-    for head, table in ((HEAD, METHODS), (TRAINING, {"tune": Tune, "distill": Distill}), (SCHEDULES, {"schedule": Schedule}), (VIEW, VIEWS), (BLOCK, BLOCKS)):
+    for head, table in ((HEAD, METHODS), (SMALLER, STRUCTURE), (TRAINING, {"tune": Tune, "distill": Distill}), (SCHEDULES, {"schedule": Schedule}),
+                        (VIEW, VIEWS), (BLOCK, BLOCKS)):  # fmt: skip
         lines.append(head)
         for method in describe(table):
             lines += [f"## {method['name']}\n", method["about"] + "\n"]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from ..artifact import Fallback, companions
 from ..errors import CompressError
 from ..recipe import nearest
+from ..skeleton import KEY
 from .awq import AWQ
 from .base import Export, Refusal, Source
 from .card import card
@@ -67,6 +68,8 @@ def write(folder: Path, to: str, output: Path, *, base_model: str | None = None,
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CompressError(f"{output}: exists and is not an empty folder; choose another -o or remove it")
     source = Source(folder, trust_remote_code)
+    if any(getattr(source.config, KEY, None) or ()):
+        raise CompressError(f"{folder}: its blocks differ in shape, which no configuration of {source.config.model_type} can say; make it again with --uniform")
     if refused := can_export(source, to):
         raise CompressError(f"{len({r.layer for r in refused})} of {len(source.layers)} layers cannot be exported as {to}: {'; '.join(_grouped(refused))}")
     parent = output.absolute().parent

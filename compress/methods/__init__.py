@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import re
 import sys
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .admm import ADMM
 from .awp import AWP
@@ -44,7 +44,8 @@ def describe(table: dict[str, type] | None = None) -> list[dict[str, Any]]:
         for cls in filter(dataclasses.is_dataclass, reversed(method.__mro__)):  # a field that a subclass repeats has its comment there
             comments |= re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(cls), re.M)
         types = get_type_hints(method)
-        values = {f.name: ", ".join(map(str, get_args(types[f.name]))) or types[f.name].__name__ for f in dataclasses.fields(method)}
+        say = lambda t: f"list of {get_args(t)[0].__name__}" if get_origin(t) is tuple else ", ".join(map(str, get_args(t))) or t.__name__
+        values = {f.name: say(types[f.name]) for f in dataclasses.fields(method)}
         options = [{"name": f.name, "values": values[f.name], "default": f.default, "help": comments.get(f.name, "")} for f in dataclasses.fields(method)]
         described.append({"name": name, "about": about, "options": options})
     return described

@@ -1,0 +1,136 @@
+"""Program: for every block keep it, leave out its attention, its MLP or both, so that a budget is met at the least cost: LayerMerge's dynamic programme.
+
+    D[e, t] = max over segments [s, e) and their options o with cost c_o ≤ t:   D[s, t − c_o] + I_o          Kim et al., arXiv 2406.12837
+
+exact over all ways to cut the L blocks into segments, O(L · span · options · bins). A segment is one block with one of its options, or a run of up to `span`
+blocks left out together, measured together, for the damage of neighbours does not add up. I = −KL(original ‖ model with that segment's option alone) on a few
+windows: one pass over the blocks measures all (drop.py). The paper merges convolutions; a residual stream leaves nothing to merge but what is left out.
+Between segments damages are taken to add up; the KL that was reached in the end is on record in the plan.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..checkpoint import Checkpoint
+from ..errors import CompressError
+from ..skeleton import KEY
+from ..stream import Stream
+from .drop import _through, divergence, fewer, sublayer, without
+from .smaller import Smaller, blocks_of
+
+
+@dataclass(frozen=True)
+class Option:
+    """Blocks start … end − 1, each without the sublayers that `absent` names ({block: child, "" for all of it}), at a cost and with a value."""
+
+    start: int
+    end: int
+    absent: tuple[tuple[int, str], ...]
+    cost: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """Leave out attentions, MLPs and blocks under one budget, by an exact dynamic programme over segments."""
+
+    budget: float = 0.75  # share of the blocks' cost that may stay
+    cost: Literal["parameters", "latency"] = "parameters"  # what is counted: weights, or seconds of a forward pass measured on this machine
+    span: int = 2  # blocks of the longest run that is measured as a whole
+    samples: int = 16  # calibration windows on which damage is measured; 0: all
+    bins: int = 1000  # steps in which costs are counted, rounded up
+    needs_text = True
+
+    def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
+        """{"absent": [[block, child]], "expected": sum of the segments' KL, "reached": KL of all together, "cost": share of the whole}."""
+        if not 0 < self.budget <= 1:
+            raise CompressError(f"program.budget = {self.budget}: the share of the cost that may stay, above 0 and at most 1")
+        stream = enter(source, self.samples)
+        costs = [self._costs(source, stream, i) for i in range(source.num_blocks)]
+        absent = {(i, i + 1, child): {i: child} for i, c in enumerate(costs) for child in c if child}
+        absent |= {(i, i + n, ""): dict.fromkeys(range(i, i + n), "") for n in range(1, self.span + 1) for i in range(source.num_blocks - n + 1)}
+        states, tail = without(source, stream, {}, absent), stream.tail()
+        options = [Option(i, i + 1, (), sum(c.values()), 0.0) for i, c in enumerate(costs)]
+        for (start, end, child), lacks in absent.items():
+            damage = divergence(stream, tail, states[None], states[start, end, child])
+            stays = sum(c for k, c in costs[start].items() if k != child) if child else 0.0
+            options.append(Option(start, end, tuple(lacks.items()), stays, -damage))
+        whole = sum(sum(c.values()) for c in costs)
+        chosen = best(options, source.num_blocks, self.budget * whole, self.bins)
+        lacking = dict(pair for o in chosen for pair in o.absent)
+        reached = divergence(stream, tail, states[None], without(source, stream, lacking, {})[None]) if lacking else 0.0
+        return {"absent": [list(pair) for pair in lacking.items()], "expected": -sum(o.value for o in chosen), "reached": reached,
+                "cost": sum(o.cost for o in chosen) / whole}  # fmt: skip
+
+    def guess(self, source: Checkpoint) -> dict[str, Any]:
+        """Whole blocks from the end until the budget is met: without text, nothing tells which sublayers will go."""
+        return {"absent": [[i, ""] for i in range(math.floor(self.budget * source.num_blocks), source.num_blocks)]}
+
+    def apply(self, source: Checkpoint, plan: dict[str, Any], scratch=None) -> Checkpoint:
+        absent = {int(i): child for i, child in plan["absent"]}
+        kept = [i for i in range(source.num_blocks) if absent.get(i) != ""]
+        view = fewer(source, kept) if len(kept) < source.num_blocks else source
+        blocks = blocks_of(view)
+        for j, i in enumerate(kept):
+            if i in absent:
+                blocks[j]["without"] = sorted({*blocks[j].get("without", ()), absent[i]})
+        return Smaller(view, changes={KEY: blocks}) if any(blocks) else view
+
+    def _costs(self, source: Checkpoint, stream: Stream, i: int) -> dict[str, float]:
+        """{child: what it costs} of block i; "" is what belongs to neither sublayer."""
+        children = [sublayer(source, i, what) for what in ("attention", "mlp")]
+        block = source.load_block(i, stream.device)
+        if self.cost == "parameters":
+            found = {child: float(sum(p.numel() for p in block.get_submodule(child).parameters())) for child in children}
+            return found | {"": sum(p.numel() for p in block.parameters()) - sum(found.values())}
+        whole, *rest = (_seconds(stream, i, block, child) for child in (None, *children))
+        found = {child: max(0.0, whole - left) for child, left in zip(children, rest, strict=True)}
+        return found | {"": max(0.0, whole - sum(found.values()))}
+
+
+def best(options: Sequence[Option], length: int, budget: float, bins: int) -> list[Option]:
+    """The segments that cover blocks 0 … length − 1 with the largest sum of values at a sum of costs, each rounded up to a bin, within the budget.
+
+    Raises CompressError where even the cheapest options cost more.
+    """
+    D = torch.full((length + 1, bins + 1), -math.inf, dtype=torch.float64)
+    D[0] = 0.0
+    back: list[list[Option | None]] = [[None] * (bins + 1) for _ in range(length + 1)]
+    steps = [math.ceil(o.cost / budget * bins - 1e-9) for o in options]
+    for end in range(1, length + 1):
+        for o, c in zip(options, steps, strict=True):
+            if o.end == end and c <= bins:
+                candidate = torch.full((bins + 1,), -math.inf, dtype=torch.float64)
+                candidate[c:] = D[o.start, : bins + 1 - c] + o.value
+                better = candidate > D[end]
+                D[end] = torch.where(better, candidate, D[end])
+                for t in better.nonzero().flatten().tolist():
+                    back[end][t] = o
+    if D[length, bins] == -math.inf:
+        raise CompressError(f"program: no choice of segments costs {budget:.4g} or less in steps of {budget / bins:.2g}; raise the budget")
+    chosen: list[Option] = []
+    end, t = length, bins
+    while end:
+        o = back[end][t]
+        assert o is not None
+        chosen.insert(0, o)
+        end, t = o.start, t - steps[options.index(o)]
+    return chosen
+
+
+def _seconds(stream: Stream, i: int, block: nn.Module, absent: str | None) -> float:
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        _through(stream, i, block, stream.hidden, absent)
+        times.append(time.perf_counter() - started)
+    return median(times[1:])

@@ -1,0 +1,451 @@
+"""pytest tests/test_structure.py — fewer blocks, heads, neurons, experts: cut equals masked, plain models load plainly, refits are least squares."""
+
+import copy
+import json
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import TINY, save_tiny, tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import compress
+from compress.arch import arch_of
+from compress.calibration.data import CalibrationSet
+from compress.checkpoint import Checkpoint
+from compress.errors import CompressError
+from compress.recipe import load
+from compress.skeleton import KEY, heads, neurons
+from compress.stream import Stream
+from compress.structure.drop import Drop, fewer
+from compress.structure.eliminate import eliminate
+from compress.structure.program import Option, Program, best
+from compress.structure.refit import Refit
+from compress.structure.smaller import numbers, spans
+from compress.structure.width import Width
+
+IDS = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+TOKENS = CalibrationSet(tokens=torch.randint(1, 256, (12, 32), generator=torch.Generator().manual_seed(1)), mask=None, words=384,
+                        record={"source": "test"})  # fmt: skip
+MOE = ("mixtral", "qwen3_moe")
+FIXED = ("bloom", "falcon_rw", "olmo2")  # no head can be cut
+
+
+def run(folder, structure, out, steps=(), **options):
+    recipe = {"name": "s", "structure": structure, "steps": list(steps)}
+    return compress.run(str(folder), recipe, TOKENS, out, show=False, device="cpu", **options)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def close(a, b, tolerance=1e-5):
+    return bool((a - b).abs().max() < tolerance * b.abs().max())
+
+
+@contextmanager
+def hooked(handles):
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def without_block(model, i):
+    """The model's logits with block i left out, by letting its input through."""
+    block = model.get_submodule(arch_of(model).blocks)[i]
+    through = lambda m, args, kwargs, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
+    with hooked([block.register_forward_hook(through, with_kwargs=True)]):
+        return logits(model)
+
+
+def masked(model, plan):
+    """The model's logits with the inputs of down and o silenced where the plan cuts."""
+    arch, handles = arch_of(model), []
+    for i, block in enumerate(model.get_submodule(arch.blocks)):
+        for c, kept in ((neurons(arch, block), plan["mlp"].get(str(i))), (heads(arch, block), plan["heads"].get(str(i)))):
+            if kept is not None:
+                keep = torch.tensor(numbers(kept))
+                mask = torch.zeros(c.width if hasattr(c, "width") else c.heads * c.dim)
+                mask[keep if hasattr(c, "width") else c.columns(keep)] = 1
+                handles.append(block.get_submodule(c.reader).register_forward_pre_hook(lambda m, args, mask=mask: (args[0] * mask,)))
+    with hooked(handles):
+        return logits(model)
+
+
+def generates_alike(model):
+    cached, plain = (model.generate(IDS[:1, :8], max_new_tokens=12, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False))
+    return torch.equal(cached, plain)
+
+
+# ---- depth
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_model_without_a_block_is_the_masked_one_and_plain(name, tmp_path):
+    model = save_tiny(name, tmp_path / "model", dtype=torch.float32)
+    report = run(tmp_path / "model", [{"drop": {"count": 1, "by": "bottom"}}], tmp_path / "out")
+    loaded = compress.load(str(tmp_path / "out"))
+    assert close(logits(loaded), without_block(model, 0)) and len(loaded.get_submodule(arch_of(model).blocks)) == 1
+    assert generates_alike(loaded) and compress.verify(str(tmp_path / "out")).ok
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("quantization_config" in config) == (name in MOE)  # experts are stored one by one, which is not the class's own way
+    assert report.manifest.plain == (name not in MOE)
+    totals = report.manifest.totals
+    assert totals["bytes"] == totals["planned_bytes"] and totals["bytes"] < totals["source_bytes"]
+    assert compress.plan(str(tmp_path / "model"), {"name": "s", "structure": [{"drop": {"count": 1, "by": "bottom"}}]}).layers
+    if name in ("gemma2", "qwen3_moe", "gpt2"):
+        compress.export(str(tmp_path / "out"), "dense", tmp_path / "dense")
+        assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()), without_block(model, 0))
+
+
+def test_every_way_to_choose(tmp_path):
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = 6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(model.config).eval()
+    for p in model.parameters():
+        p.data *= 5 if p.dim() == 2 else 1  # so that blocks do something
+    for i in (2, 4):  # blocks that add nothing
+        for linear in (model.model.layers[i].self_attn.o_proj, model.model.layers[i].mlp.down_proj):
+            linear.weight.data.zero_()
+    model.save_pretrained(tmp_path)
+    source = Checkpoint(str(tmp_path))
+    enter = lambda m, windows: Stream(m, TOKENS.tokens[: windows or None])
+    chosen = {by: Drop(count=2, by=by).measure(source, enter) for by in ("top", "bottom", "alternate", "symmetric", "contribution", "angular", "greedy")}
+    left_out = {by: sorted(plan["left_out"], reverse=by == "alternate") for by, plan in chosen.items()}
+    assert left_out == {"top": [4, 5], "bottom": [0, 1], "alternate": [4, 2], "symmetric": [2, 3], "contribution": [2, 4], "greedy": [2, 4],
+                        "angular": left_out["angular"]}  # fmt: skip
+    assert max(abs(chosen["contribution"]["score"][i]) for i in (2, 4)) < 1e-6 and max(chosen["greedy"]["score"]) < 1e-9
+    assert left_out["angular"][1] == left_out["angular"][0] + 1 and len(chosen["angular"]["score"]) == 5
+    small = fewer(source, [0, 1, 3, 5])
+    stream, whole = Stream(small, IDS), Stream(source, IDS)
+    for s in (stream, whole):
+        for i in range(s.source.num_blocks):
+            s.advance(s.source.load_block(i))
+    assert torch.equal(next(stream.logits()), next(whole.logits()))
+    third = Drop(count=3).measure(source, enter)  # greedy's third is the least of what each of the rest would cost
+    costs = {}
+    for i in (0, 1, 3, 5):
+        m = copy.deepcopy(model)
+        m.model.layers = torch.nn.ModuleList(b for j, b in enumerate(m.model.layers) if j != i)
+        with torch.no_grad():
+            p, q = (x(TOKENS.tokens, use_cache=False).logits.log_softmax(-1) for x in (model, m))
+        costs[i] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert third["left_out"][2] == min(costs, key=costs.get) and third["score"][2] == pytest.approx(min(costs.values()), rel=1e-4)
+
+
+def test_patterns_over_layers_are_rewritten_or_refused(tmp_path):
+    save_tiny("gemma2", tmp_path / "gemma2")
+    view = fewer(Checkpoint(str(tmp_path / "gemma2")), [1])
+    assert view.config.layer_types == ["full_attention"] and view.changes == {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    save_tiny("qwen3_moe", tmp_path / "moe")
+    assert fewer(Checkpoint(str(tmp_path / "moe")), [1]).config.mlp_only_layers == []
+    config = TINY["gpt2"]()
+    config.scale_attn_by_inverse_layer_idx = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "scaled")
+    with pytest.raises(CompressError, match=r"as block 0 of a smaller gpt2, block 1 would have attn\.scaling"):
+        fewer(Checkpoint(str(tmp_path / "scaled")), [1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "qwen3_moe", "gemma2"])
+def test_one_sublayer_left_out(name, tmp_path):
+    model = save_tiny(name, tmp_path / "model", dtype=torch.float32)
+    for what, site in (("attention", "attn.output"), ("mlp", "mlp.output")):
+        run(tmp_path / "model", [{"drop": {"count": 1, "by": "bottom", "what": what}}], tmp_path / what)
+        reader = next(s.linears[0] for s in arch_of(model).sites if s.name == site).partition(".")[0]
+        block = model.get_submodule(arch_of(model).blocks)[0]
+        silent = lambda m, args, y: (torch.zeros_like(y[0]), *y[1:]) if isinstance(y, tuple) else torch.zeros_like(y)
+        with hooked([block.get_submodule(reader).register_forward_hook(silent)]):
+            expected = logits(model)
+        loaded = compress.load(str(tmp_path / what))
+        assert close(logits(loaded), expected) and generates_alike(loaded) and compress.verify(str(tmp_path / what)).ok
+    with pytest.raises(CompressError, match=r"cannot say \{'without'"):
+        run(tmp_path / "model", [{"drop": {"count": 1, "by": "bottom", "what": "mlp"}}], tmp_path / "no", uniform=True)
+
+
+def test_the_dynamic_programme_is_brute_force(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for length, budget in ((4, 9), (5, 14), (6, 12)):
+        options = []
+        for start in range(length):
+            for end in range(start + 1, min(length, start + 2) + 1):
+                for _ in range(3):
+                    cost, value = int(torch.randint(0, 7, (), generator=generator)), float(torch.rand((), generator=generator))
+                    options.append(Option(start, end, (), cost, value))
+
+        def brute(at, left, options=options, length=length):
+            if at == length:
+                return 0.0
+            return max((o.value + brute(o.end, left - o.cost) for o in options if o.start == at and o.cost <= left), default=-float("inf"))
+
+        chosen = best(options, length, budget, budget)
+        assert sum(o.value for o in chosen) == pytest.approx(brute(0, budget)) and sum(o.cost for o in chosen) <= budget
+        assert [o.end for o in chosen[:-1]] == [o.start for o in chosen[1:]] and chosen[0].start == 0
+    with pytest.raises(CompressError, match="raise the budget"):
+        best([Option(0, 1, (), 5.0, 0.0)], 1, 4.0, 100)
+    save_tiny("llama", tmp_path / "model")
+    report = run(tmp_path / "model", [{"program": {"budget": 0.7}}], tmp_path / "out")
+    plan = report.manifest.structure[0]
+    assert plan["cost"] <= 0.7 and plan["absent"] and generates_alike(compress.load(str(tmp_path / "out"))) and compress.verify(str(tmp_path / "out")).ok
+    whole = Program(budget=1.0).measure(Checkpoint(str(tmp_path / "model")), lambda m, windows: Stream(m, TOKENS.tokens))
+    assert whole["absent"] == [] and whole["reached"] == 0
+
+
+def test_elimination_keeps_what_the_metric_misses(tmp_path):
+    model = save_tiny("llama", tmp_path / "model", dtype=torch.float32)
+    whole = logits(model)
+    damage = lambda m: float((logits(m) - whole).square().mean())
+    assert eliminate(model, damage, -1.0) == []
+    assert eliminate(model, damage, 1e9) == [{"drop": {"what": "attention", "blocks": [0]}}, {"drop": {"what": "mlp", "blocks": [0]}},
+                                             {"drop": {"what": "block", "blocks": [1]}}]  # fmt: skip
+    assert torch.equal(logits(model), whole)
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    whole = logits(model)
+    structure = eliminate(model, damage, 1e-9)
+    assert structure == [{"drop": {"what": "mlp", "blocks": [1]}}]
+    run(tmp_path / "model", structure, tmp_path / "out")
+    assert close(logits(compress.load(str(tmp_path / "out"))), whole)
+    with pytest.raises(CompressError, match=r"drop\.blocks: 7 is no block"):
+        run(tmp_path / "model", [{"drop": {"blocks": [7]}}], tmp_path / "no")
+
+
+# ---- width
+
+
+@pytest.mark.parametrize("name", [n for n in TINY])
+def test_cut_is_masked(name, tmp_path):
+    model = save_tiny(name, tmp_path / "model", dtype=torch.float32)
+    cuts = {"mlp": {"mlp": 0.3}} | ({} if name in FIXED else {"queries": {"queries": 0.5}})
+    cuts |= {} if name in (*FIXED, "falcon") else {"groups": {"groups": 0.5}}
+    for kind, fields in cuts.items():
+        if name == "mixtral" and kind == "mlp":
+            continue
+        if kind == "queries" and name in ("gpt2", "gpt_neox", "opt"):
+            continue  # one query head a group
+        for across in ("layer", "model"):
+            out = tmp_path / f"{kind}-{across}"
+            report = run(tmp_path / "model", [{"width": {**fields, "by": "magnitude", "across": across}}], out)
+            plan = report.manifest.structure[0]
+            loaded = compress.load(str(out))
+            assert close(logits(loaded), masked(model, plan)), (kind, across)
+            assert generates_alike(loaded) and compress.verify(str(out)).ok
+            totals = report.manifest.totals
+            assert totals["bytes"] == totals["planned_bytes"] < totals["source_bytes"]
+            guessed = compress.plan(str(tmp_path / "model"), {"name": "s", "structure": [{"width": {**fields, "by": "magnitude", "across": across}}]})
+            assert guessed.bytes_after == totals["bytes"] and guessed.parameters == totals["parameters"]
+            plain = across == "layer" and not (kind != "mlp" and name in ("gpt2", "gpt_neox", "opt", "falcon", "falcon_40b")) and name not in ("bloom", *MOE)
+            if across == "layer":
+                assert report.manifest.plain == plain, (kind, across)
+            if plain:
+                assert KEY not in json.loads((out / "config.json").read_text())
+
+
+def test_fewer_experts(tmp_path):
+    for name, key in (("mixtral", "num_local_experts"), ("qwen3_moe", "num_experts")):
+        model = save_tiny(name, tmp_path / name, dtype=torch.float32)
+        report = run(tmp_path / name, [{"width": {"experts": 0.25}}], tmp_path / f"{name}-out")
+        kept, config, state = report.manifest.structure[0]["experts"], copy.deepcopy(model.config), model.state_dict()
+        setattr(config, key, 3)
+        for i, keep in kept.items():
+            for local in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+                state[f"model.layers.{i}.mlp.{local}"] = state[f"model.layers.{i}.mlp.{local}"][numbers(keep)]
+        expected = AutoModelForCausalLM.from_config(config).eval()
+        expected.load_state_dict(state)
+        assert close(logits(compress.load(str(tmp_path / f"{name}-out"))), logits(expected)) and all(len(numbers(k)) == 3 for k in kept.values())
+        compress.export(str(tmp_path / f"{name}-out"), "dense", tmp_path / f"{name}-dense")
+        assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-dense").eval()), logits(expected))
+    with pytest.raises(CompressError, match="leaves 1 experts, and 2 are used"):
+        run(tmp_path / "mixtral", [{"width": {"experts": 0.75}}], tmp_path / "no")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_nested_models_share_their_first_neurons(name, tmp_path):
+    model = save_tiny(name, tmp_path / "model", dtype=torch.float32)
+    run(tmp_path / "model", ["nest"], tmp_path / "nested")
+    nested = compress.load(str(tmp_path / "nested"))
+    assert close(logits(nested), logits(model))
+    compress.extract(str(tmp_path / "nested"), tmp_path / "half", width=0.5)
+    run(tmp_path / "model", [{"width": {"mlp": 0.5, "by": "activation", "across": "layer"}}], tmp_path / "cut")
+    assert close(logits(compress.load(str(tmp_path / "half"))), logits(compress.load(str(tmp_path / "cut"))))
+    half = next(t for n, t in compress.load(str(tmp_path / "half")).state_dict().items() if "down_proj" in n or "mlp.c_proj" in n)
+    whole = next(t for n, t in nested.state_dict().items() if "down_proj" in n or "mlp.c_proj" in n)
+    assert torch.equal(half, whole[:64] if name == "gpt2" else whole[:, :64])
+    assert numbers(spans([0, 1, 2, 5, 7, 8])) == [0, 1, 2, 5, 7, 8] and spans([0, 1, 2, 5]) == "0-2 5"
+    with pytest.raises(CompressError, match="the share of the MLP neurons that stays"):
+        compress.extract(str(tmp_path / "nested"), tmp_path / "no", width=1.5)
+
+
+def test_scores_against_autograd_and_moments(tmp_path):
+    model = save_tiny("llama", tmp_path, dtype=torch.float32)
+    source, enter = Checkpoint(str(tmp_path)), lambda m, windows: Stream(m, TOKENS.tokens, batch=4)
+    from compress.structure.importance import scores
+
+    seen = {}
+    layer = model.model.layers[1]
+    model.requires_grad_(True)
+    handle = layer.mlp.down_proj.register_forward_pre_hook(lambda m, args: (args[0].retain_grad(), seen.update(x=args[0]))[1])
+    out = model(TOKENS.tokens, use_cache=False).logits.log_softmax(-1)[:, :-1]
+    (-out.gather(-1, TOKENS.tokens[:, 1:, None])).sum().backward()
+    handle.remove()
+    x, W = seen["x"].detach().double().flatten(0, 1), layer.mlp.down_proj.weight.detach().double()
+    mlp = layer.mlp
+    gw = lambda m, dim: (m.weight.grad * m.weight).abs().sum(dim)
+    expected = {"activation": x.square().mean(0).sqrt() * W.norm(dim=0), "flap": x.var(0, unbiased=False) * W.square().sum(0),
+                "fisher": (seen["x"] * seen["x"].grad).detach().double().sum(1).square().sum(0),
+                "taylor": gw(mlp.down_proj, 0) + gw(mlp.up_proj, 1) + gw(mlp.gate_proj, 1)}  # fmt: skip
+    for by, score in expected.items():
+        torch.testing.assert_close(scores(source, enter, by, False)[1]["mlp"], score.detach().double(), rtol=2e-3, atol=1e-6 * float(score.detach().max()))
+    attn = layer.self_attn
+    rows = lambda m, n: (m.weight.grad * m.weight).abs().sum(1).view(n, -1).sum(1)
+    by_head = (attn.o_proj.weight.grad * attn.o_proj.weight).abs().sum(0).view(4, -1).sum(1) + rows(attn.q_proj, 4)
+    by_head = by_head + (rows(attn.k_proj, 2) + rows(attn.v_proj, 2)).repeat_interleave(2) / 2
+    torch.testing.assert_close(scores(source, enter, "taylor", True)[1]["heads"], by_head.double(), rtol=2e-3, atol=1e-5)
+
+
+# ---- channels
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3", "mixtral"])
+def test_slice_turns_and_cuts(name, tmp_path):
+    model = save_tiny(name, tmp_path / "model", dtype=torch.float32)
+    run(tmp_path / "model", [{"slice": {"share": 0.0}}], tmp_path / "turned")
+    turned = compress.load(str(tmp_path / "turned"))
+    assert close(logits(turned), logits(model), 1e-4)
+    assert not torch.equal(turned.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].self_attn.o_proj.weight)
+    kl = {}
+    for kind, then in {"cut": [], "refitted": ["refit"]}.items():
+        report = run(tmp_path / "model", [{"slice": {"share": 0.25}}, *then], tmp_path / kind)
+        loaded = compress.load(str(tmp_path / kind))
+        assert loaded.config.hidden_size == 48 and generates_alike(loaded) and report.manifest.plain == (name != "mixtral")
+        assert report.manifest.totals["bytes"] == report.manifest.totals["planned_bytes"] and compress.verify(str(tmp_path / kind)).ok
+        with torch.no_grad():
+            p, q = (m(TOKENS.tokens, use_cache=False).logits.log_softmax(-1) for m in (model, loaded))
+        kl[kind] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert kl["refitted"] < kl["cut"]
+
+
+def test_slicing_what_is_empty_costs_nothing(tmp_path):
+    """A stream that lives in 48 of 64 directions keeps all of itself."""
+    model = tiny_model("llama")
+    Q = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(3)))[0][:, :48]
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ Q @ Q.T)
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight.copy_(Q @ Q.T @ linear.weight)
+    model.save_pretrained(tmp_path)
+    report = run(tmp_path, [{"slice": {"share": 0.25}}], tmp_path.with_name("sliced"))
+    assert report.manifest.structure[0]["kept"] > 1 - 1e-6
+    assert close(logits(compress.load(str(tmp_path.with_name("sliced")))), logits(model), 1e-4)
+    for name, told in (("gpt2", "removes the mean"), ("gemma2", "a stream that can be turned")):
+        save_tiny(name, tmp_path / name)
+        with pytest.raises(CompressError, match=told):
+            run(tmp_path / name, ["slice"], tmp_path / "no")
+
+
+# ---- refit
+
+
+def test_refit_is_the_least_squares_of_the_consumer(tmp_path):
+    """One block is cut, in its MLP only: W_K must become W H_:K (H_KK)⁻¹."""
+    model = save_tiny("llama", tmp_path, dtype=torch.float32)
+    report = run(tmp_path, [{"width": {"mlp": 0.5, "by": "flap", "skip": [0]}}, {"refit": {"damp": 1e-8}}], tmp_path.with_name("ls"))
+    kept = torch.tensor(numbers(report.manifest.structure[0]["mlp"]["1"]))
+    seen = []
+    with hooked([model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0]))]), torch.no_grad():
+        model(TOKENS.tokens)
+    x = seen[0].flatten(0, 1).double()
+    W, H = model.model.layers[1].mlp.down_proj.weight.detach().double(), x.T @ x
+    expected = W @ H[:, kept] @ torch.linalg.inv(H[kept][:, kept])
+    got = compress.load(str(tmp_path.with_name("ls"))).model.layers[1].mlp.down_proj.weight.double()
+    assert (got - expected).norm() < 0.02 * (got - W[:, kept]).norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "falcon", "gemma2", "phi3"])
+def test_refit_comes_nearer_than_bias_than_nothing(name, tmp_path):
+    model = save_tiny(name, tmp_path / "model", dtype=torch.float32)
+    first = {"width": {"mlp": 0.4, "by": "flap"}}
+    kl = {}
+    for kind, then in {"nothing": [], "bias": [{"refit": {"what": "bias"}}], "weights": ["refit"], "all": [{"refit": {"linears": "all"}}]}.items():
+        report = run(tmp_path / "model", [first, *then], tmp_path / kind)
+        with torch.no_grad():
+            p, q = (m(TOKENS.tokens, use_cache=False).logits.log_softmax(-1) for m in (model, compress.load(str(tmp_path / kind))))
+        kl[kind] = float((p.exp() * (p - q)).sum(-1).mean())
+        assert report.manifest.totals["bytes"] == report.manifest.totals["planned_bytes"] and compress.verify(str(tmp_path / kind)).ok
+    assert kl["weights"] < kl["nothing"] and kl["weights"] < kl["bias"] * 1.02
+
+
+def test_a_constant_neuron_costs_nothing_with_its_bias(tmp_path):
+    model = tiny_model("gpt2")
+    fc, proj = model.transformer.h[1].mlp.c_fc, model.transformer.h[1].mlp.c_proj
+    fc.weight.data[:, 40:] = 0  # constant: gelu(bias)
+    fc.bias.data[40:] = 2.0
+    proj.weight.data[40:] *= 3
+    model.save_pretrained(tmp_path)
+    run(tmp_path, [{"width": {"mlp": 0.6875, "by": "flap", "skip": [0]}}, {"refit": {"what": "bias"}}], tmp_path.with_name("b"))
+    assert close(logits(compress.load(str(tmp_path.with_name("b")))), logits(model), 1e-4)
+
+
+# ---- recipes, resume, errors
+
+
+@pytest.mark.parametrize("structure", [[{"drop": {"count": 1, "by": "greedy"}}, "refit"], [{"width": {"mlp": 0.25, "groups": 0.5}}, "refit"]])
+def test_killed_and_resumed_gives_the_same_bytes_and_repeating_is_free(structure, tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path / "model")
+    steps = [{"method": "gptq", "bits": 4, "group_size": 8}]
+    run(tmp_path / "model", structure, tmp_path / "whole", steps)
+    assert not (tmp_path / "whole.structure").exists()
+    from compress.structure import refit
+
+    calls, advance = [], refit._put
+
+    def dies(*args):
+        calls.append(args[1])
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        advance(*args)
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(refit, "_put", dies)
+        run(tmp_path / "model", structure, tmp_path / "killed", steps)
+    assert (tmp_path / "killed.structure" / "plan-0.json").is_file()
+    for step in (Drop, Width):
+        monkeypatch.setattr(step, "measure", lambda *args: pytest.fail("measured again"))
+    run(tmp_path / "model", structure, tmp_path / "killed", steps)
+    files = lambda folder: {f.name: f.read_bytes() for f in folder.iterdir()}
+    assert files(tmp_path / "killed") == files(tmp_path / "whole") and not (tmp_path / "killed.structure").exists()
+    run(tmp_path / "model", structure, tmp_path / "whole", steps)
+    shutil.rmtree(tmp_path / "whole")
+
+
+def test_structure_composes_with_views_and_methods(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    recipe = {"name": "s", "structure": [{"width": {"mlp": 0.25}}, {"drop": {"count": 1, "by": "contribution"}}, "refit"],
+              "views": [{"rotate": {"untie": True}}], "steps": [{"method": "gptq", "bits": 4, "group_size": 8}]}  # fmt: skip
+    report = compress.run(str(tmp_path / "model"), recipe, TOKENS, tmp_path / "out", show=False, device="cpu")
+    assert compress.verify(str(tmp_path / "out")).ok and len(report.manifest.layers) == 7 and len(report.manifest.structure) == 3
+    assert generates_alike(compress.load(str(tmp_path / "out")))
+
+
+def test_errors_are_one_line(tmp_path):
+    for name in ("llama", "bloom", "falcon", "mixtral"):
+        save_tiny(name, tmp_path / name)
+    for name, structure, told in (
+            ("llama", [{"drop": {"count": 2}}], "2 of 2 blocks cannot be left out"), ("llama", ["refit"], "nothing was left out"),
+            ("bloom", [{"width": {"groups": 0.5}}], "ALiBi gives every head"), ("falcon", [{"width": {"groups": 0.5}}], "share one key-value group"),
+            ("mixtral", [{"width": {"mlp": 0.5}}], "no block of mixtral has a dense MLP"), ("llama", [{"width": {"experts": 0.5}}], "no routed experts"),
+            ("llama", [{"width": {"mlp": 1.5}}], "a share to cut"), ("llama", ["dorp"], "unknown structural step 'dorp', did you mean drop"),
+            ("llama", [{"drop": {"by": "contribution", "what": "mlp", "count": 1}}], "looks at whole blocks"),
+            ("bloom", [{"drop": {"count": 1, "what": "mlp", "by": "top"}}], "adds to the stream itself"),
+            ("llama", [], "steps: required, at least one")):  # fmt: skip
+        with pytest.raises(CompressError, match=told):
+            run(tmp_path / name, structure, tmp_path / "out", overwrite=True)
+    recipe = load("drop-25-w4").with_options(["drop.count=1", "gptq.bits=3"])
+    assert recipe.structural()[0].count == 1 and recipe.steps[0].build().bits == 3 and Refit().damp > 0
+    assert Conv1D is not None
