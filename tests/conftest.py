@@ -8,7 +8,3 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-def pytest_configure(config):  # TEMPORARY h5s
-    config.option.maxfail = 0
