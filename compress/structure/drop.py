@@ -48,6 +48,8 @@ class Drop:
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
         """{"left_out": blocks, in the order in which they were chosen, "score": …}. `enter(source, samples)` gives a Stream in front of block 0."""
         n, L = self._count(source), source.num_blocks
+        left_out: list[int]
+        score: list[float]
         if self.blocks:
             left_out, score = list(self.blocks), []
         elif self.by == "greedy":

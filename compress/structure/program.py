@@ -120,10 +120,10 @@ def best(options: Sequence[Option], length: int, budget: float, bins: int) -> li
     chosen: list[Option] = []
     end, t = length, bins
     while end:
-        o = back[end][t]
-        assert o is not None
-        chosen.insert(0, o)
-        end, t = o.start, t - steps[options.index(o)]
+        last = back[end][t]
+        assert last is not None
+        chosen.insert(0, last)
+        end, t = last.start, t - steps[options.index(last)]
     return chosen
 
 
