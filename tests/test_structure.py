@@ -2,11 +2,8 @@
 
 import copy
 import json
-import os
 import shutil
-import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import compress
 from compress.arch import arch_of
-from compress.calibration.data import CalibrationSet, load_calibration
+from compress.calibration.data import CalibrationSet
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.recipe import load
@@ -26,14 +23,12 @@ from compress.structure.drop import Drop, fewer
 from compress.structure.eliminate import eliminate
 from compress.structure.program import Option, Program, best
 from compress.structure.refit import Refit
-from compress.structure.scratch import Scratch
 from compress.structure.smaller import numbers, spans
 from compress.structure.width import Width
 
 IDS = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
 TOKENS = CalibrationSet(tokens=torch.randint(1, 256, (12, 32), generator=torch.Generator().manual_seed(1)), mask=None, words=384,
                         record={"source": "test"})  # fmt: skip
-YARDSTICK = Path(os.environ.get("COMPRESS_YARDSTICK") or Path(__file__).parents[2] / "shared" / "yardstick")
 MOE = ("mixtral", "qwen3_moe")
 FIXED = ("bloom", "falcon_rw", "olmo2")  # no head can be cut
 
@@ -454,47 +449,3 @@ def test_errors_are_one_line(tmp_path):
     recipe = load("drop-25-w4").with_options(["drop.count=1", "gptq.bits=3"])
     assert recipe.structural()[0].count == 1 and recipe.steps[0].build().bits == 3 and Refit().damp > 0
     assert Conv1D is not None
-
-
-# ---- what the issue asks of the yardstick
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not YARDSTICK.is_dir(), reason="the yardstick is not part of the project")
-def test_the_yardstick():
-    """Damage on text that calibration has not seen, few windows: docs/structure.md has the figures of many."""
-    source = Checkpoint(str(YARDSTICK / "llama-16m"), dtype=torch.float32)
-    calibration, held_out = (load_calibration(f"file:{YARDSTICK}/wikitext2-{name}.txt", source.tokenizer(), samples=n).tokens
-                             for name, n in (("valid", 8), ("test", 4)))  # fmt: skip
-    enter = lambda m, windows: Stream(m, calibration[: windows or None])
-
-    def through(model):
-        stream = Stream(model, held_out)
-        for i in range(model.num_blocks):
-            stream.advance(model.load_block(i))
-        return stream
-
-    whole = through(source)
-    theirs = whole.tail()
-
-    def damage(folder, *steps, plans=()):
-        model, scratch = source, Scratch(folder, {})
-        for k, step in enumerate(steps):
-            model = step.apply(model, plans[k] if k < len(plans) else step.measure(model, enter, scratch), scratch)
-        stream, total = through(model), []
-        ours = stream.tail()
-        with torch.no_grad():
-            for rows in stream.batches():
-                p, q = theirs(whole.hidden[rows]).log_softmax(-1), ours(stream.hidden[rows]).log_softmax(-1)
-                total.append((p.exp() * (p - q)).sum(-1).mean())
-        scratch.remove()
-        print(*steps, float(sum(total) / len(total)), flush=True)
-        return float(sum(total) / len(total))
-
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out"
-        drop, width = Drop(count=2, samples=2), Width(mlp=0.2)
-        chosen, cut = drop.measure(source, enter), width.measure(source, enter)
-        found = {"flap, bias": damage(out, width, Refit(what="bias"), plans=[cut]), "flap, refit": damage(out, width, Refit(), plans=[cut]),
-                 "influence": damage(out, Drop(count=2, by="contribution")), "greedy, refit": damage(out, drop, Refit(), plans=[chosen])}  # fmt: skip
-    assert found["greedy, refit"] <= 0.8 * found["influence"] and found["flap, refit"] <= 0.6 * found["flap, bias"], found
