@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from .admm import ADMM
 from .awp import AWP
+from .binary import Binary
 from .dense_sparse import DenseSparse
 from .gptq import GPTQ
 from .hqq import HQQ
@@ -19,12 +20,13 @@ from .sinq import SINQ
 from .slim import SLiM
 from .sparsegpt import SparseGPT
 from .svd import SVD
+from .ternary import Ternary
 from .trellis import TrellisCoding
 from .wanda import Wanda
 
 METHODS = {
     "rtn": RTN, "nf": NF, "hqq": HQQ, "sinq": SINQ,
-    "gptq": GPTQ, "lnq": LNQ, "trellis": TrellisCoding,
+    "gptq": GPTQ, "lnq": LNQ, "trellis": TrellisCoding, "ternary": Ternary, "binary": Binary,
     "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM,
     "svd": SVD, "slim": SLiM, "dense-sparse": DenseSparse,
 }  # fmt: skip
