@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CompressError
-from .formats import Format, IntGroup
+from .formats import Format
 from .linear import get_weight, set_weight
 from .stream import Stream
-from .trained import Trained, place
+from .trained import Trained, learner, place
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
     """Better formats for the linears of `block`, and the held-out error before and after, relative to the target's variance.
 
     stream stands in front of the block, target [n, seqlen, width] is what the original model has behind it; twin is the block as it was.
-    The block is left with the weights that are returned. Only IntGroup weights are trained.
+    The block is left with the weights that are returned. Codes move where the weight is an IntGroup; of other formats, what is not a code.
     """
-    trained = {path: Trained(f, get_weight(twin.get_submodule(path)), getattr(block.get_submodule(path), "bias", None))
-               for path, f in formats.items() if isinstance(f, IntGroup)}  # fmt: skip
+    trained = {path: learner(f, get_weight(twin.get_submodule(path)), getattr(block.get_submodule(path), "bias", None)) for path, f in formats.items()}
     batches, calls = list(stream.batches()), stream.calls[stream.at]
     judges = max(1, round(options.held_out * len(batches))) if options.held_out else 0
     if len(batches) <= judges:
@@ -68,8 +67,8 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
     before = judged()
     originals = {path: block.get_submodule(path) for path in trained}
     place(block, trained.items())
-    rounding = [t.p for t in trained.values()]
-    adam = torch.optim.Adam([t.log_s for t in trained.values()], lr=options.scale_lr, betas=(0.9, 0.95))
+    rounding = [t.p for t in trained.values() if isinstance(t, Trained)]
+    adam = torch.optim.Adam([p for t in trained.values() for p in t.smooth()], lr=options.scale_lr, betas=(0.9, 0.95))
     order = torch.Generator().manual_seed(stream.at)
     picks: list[int] = []
     for step in range(options.steps):

@@ -15,6 +15,7 @@ from .hqq import HQQ
 from .lnq import LNQ
 from .magnitude import Magnitude
 from .nf import NF
+from .quant_lowrank import QuantLowRank
 from .rtn import RTN
 from .sinq import SINQ
 from .slim import SLiM
@@ -28,7 +29,7 @@ METHODS = {
     "rtn": RTN, "nf": NF, "hqq": HQQ, "sinq": SINQ,
     "gptq": GPTQ, "lnq": LNQ, "trellis": TrellisCoding, "ternary": Ternary, "binary": Binary,
     "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM,
-    "svd": SVD, "slim": SLiM, "dense-sparse": DenseSparse,
+    "svd": SVD, "slim": SLiM, "quant-lowrank": QuantLowRank, "dense-sparse": DenseSparse,
 }  # fmt: skip
 
 

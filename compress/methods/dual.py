@@ -99,11 +99,10 @@ class DualScale(TargetOptions):
         def improved(W: Tensor, scale: Tensor, zero: Tensor, rounds: int, columns: bool) -> tuple[Tensor, Tensor, Tensor, list[float]]:
             """Codes [n, m], scale, t and the error after every step, for all rows of the layer or some."""
             t, scale = torch.ones_like(H[0]), scale.to(dtype).to(W.dtype)
-            scale = torch.where(scale == 0, 1.0, scale)
 
             def project(j: int, w: Tensor) -> tuple[Tensor, Tensor]:
                 step, z = scale[index[j]] * t[j], zero[index[j]]
-                q = (w / step + z).round_().clamp_(0, top[index[j]])
+                q = (w / torch.where(step == 0, 1.0, step) + z).round_().clamp_(0, top[index[j]])  # a row of zeros has no scale
                 return q, (q - z) * step
 
             codes, loss = sweep(W, U, order, project)

@@ -3,9 +3,9 @@
     Ŵ = diag(s) C diag(t),  C ∈ {−1, 0, 1}
     first s of a row:  with |w| sorted, the k that maximises (Σ_{j≤k} h_j|w_j|)² / Σ_{j≤k} h_j;   s = Σ_{j≤k} h_j|w_j| / Σ_{j≤k} h_j
 
-The layout is that of BitNet b1.58 (arXiv 2402.17764), five digits a byte, with a scale a row in the place of one a matrix. BitNet trains its weights for mean|w| as
-scale and half of it as threshold; for given weights the scale above is the exact optimum of Σ h (w − s c)², since the best codes for any s are a top-k
-of |w|. From there on codes and scales answer to the whole of H (dual.py). Without training three levels a weight are for layers that forgive: the
+The layout is that of BitNet b1.58 (arXiv 2402.17764), five digits a byte, with a scale a row in the place of one a matrix. BitNet trains its weights
+for mean|w| as scale and half of it as threshold; for given weights the scale above is the exact optimum of Σ h (w − s c)², since the best codes for any
+s are a top-k of |w|. From there on codes and scales answer to the whole of H (dual.py). Without training, three levels are for layers that forgive: the
 trellis has a third less error at the same bytes, but needs a decoder.
 """
 
