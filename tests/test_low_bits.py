@@ -17,7 +17,8 @@ from compress.formats import Columns, Dense, IntGroup, Lut, Product, Scaled, Sum
 from compress.kernels import reference
 from compress.linear import CompressedLinear
 from compress.methods import GPTQ, Binary, Ternary
-from compress.methods.dual import refit_columns, refit_rows, sweep
+from compress.methods.dual import refit_columns, refit_rows
+from compress.methods.feedback import sweep
 from compress.trained import Smooth
 
 BF16, F64 = torch.bfloat16, torch.float64

@@ -1,7 +1,7 @@
 """Dual scales: codes of two or three levels with one scale a row and one a column, all of it in the norm of H. What `binary` and `ternary` share.
 
     Ŵ = diag(s) C diag(t),   C the codes;       minimise tr[(Ŵ−W) H_d (Ŵ−W)ᵀ] in C, s and t by turns
-    C:  GPTQ's column sweep with any projection, then coordinate descent (descent.py)
+    C:  GPTQ's column sweep (feedback.py), then coordinate descent (descent.py)
     s:  s_r = b_rᵀ H_d w_r / b_rᵀ H_d b_r,  b_r = C_r ∘ t        a number a row (two, where some columns have a grid of their own)
     t:  (BᵀB ∘ H_d) t = diag(Bᵀ W H_d),     B = diag(s) C         one n × n system for the whole layer
 
@@ -28,11 +28,11 @@ from ..errors import CompressError
 from ..formats import Columns, Format, IntGroup, Scaled
 from ..formats.int_group import symmetric_zero
 from . import grid
-from .descent import Project, descend, one_thread
+from .descent import descend
+from .feedback import sweep
 from .options import IntOptions
 from .target import TargetOptions
 
-BLOCK = 128  # columns between two updates of all later columns
 ROWS = 256  # rows of a layer on which the first scale is searched
 REACH = (1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)  # factors of it that are tried
 
@@ -113,7 +113,7 @@ class DualScale(TargetOptions):
                     t = refit_columns((codes - zero[part]) * t[:, None] * scale[part], W, Hd, t, dtype)
                 if r:
                     scale = refit_rows((codes - zero[part]) * t[:, None], W, Hd, part, scale, dtype)
-                losses.append(float(descend(codes, (codes - zero[part]) * t[:, None] * scale[part], W, H, ridge, project, self.sweeps, BLOCK)))
+                losses.append(float(descend(codes, (codes - zero[part]) * t[:, None] * scale[part], W, H, ridge, project, self.sweeps, 128)))
             return codes, scale, t, losses
 
         rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=W.device).long()
@@ -121,23 +121,6 @@ class DualScale(TargetOptions):
         left = [improved(W[:, rows], reach(r)[:, rows], zero[:, rows], 1, False)[-1][-1] for r in REACH]
         codes, scale, t, losses = improved(W, reach(REACH[left.index(min(left))]), zero, self.rounds, self.columns)
         return codes.T.contiguous(), loud, scale.T.contiguous(), zero.T.contiguous(), t, losses
-
-
-def sweep(W: Tensor, U: Tensor, order: Tensor, project: Project) -> tuple[Tensor, Tensor]:
-    """GPTQ's column sweep (gptq.py) onto any levels: codes uint8 [n, m] and Σe² of W [n, m], one column of the layer a row, in solving `order`."""
-    W, place, codes, loss = W[order], order.tolist(), torch.empty_like(W, dtype=torch.uint8), torch.zeros((), dtype=torch.float64, device=W.device)
-    for start in range(0, len(W), BLOCK):
-        stop = min(start + BLOCK, len(W))
-        block, U_block = W[start:stop], U[start:stop, start:stop]
-        diagonal, E = U_block.diagonal().tolist(), torch.empty_like(block)
-        with one_thread(block):
-            for i in range(stop - start):
-                codes[place[start + i]], value = project(place[start + i], block[i])
-                E[i] = e = (block[i] - value) / diagonal[i]
-                block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
-        W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
-        loss += E.double().square().sum()
-    return codes, loss
 
 
 def refit_columns(Q: Tensor, W: Tensor, Hd: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
