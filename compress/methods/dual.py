@@ -33,7 +33,7 @@ from .feedback import sweep
 from .options import IntOptions
 from .target import TargetOptions
 
-ROWS = 256  # rows of a layer on which the first scale is searched
+ROWS = 64  # rows of a layer on which the first scale is searched
 REACH = (1.0, 1.2, 1.45, 1.75, 2.1, 2.5, 3.0)  # factors of it that are tried
 
 
@@ -116,10 +116,13 @@ class DualScale(TargetOptions):
                 losses.append(float(descend(codes, (codes - zero[part]) * t[:, None] * scale[part], W, H, ridge, project, self.sweeps, 128)))
             return codes, scale, t, losses
 
-        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=W.device).long()
-        reach = lambda r: torch.cat([scale[:1] * r, scale[1:]])
-        left = [improved(W[:, rows], reach(r)[:, rows], zero[:, rows], 1, False)[-1][-1] for r in REACH]
-        codes, scale, t, losses = improved(W, reach(REACH[left.index(min(left))]), zero, self.rounds, self.columns)
+        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=W.device).long().repeat(len(REACH))
+        reach = torch.tensor(REACH, dtype=W.dtype, device=W.device).repeat_interleave(len(rows) // len(REACH))
+        sample, first = W[:, rows], torch.cat([scale[:1, rows] * reach, scale[1:, rows]])
+        codes, tried, _, _ = improved(sample, first, zero[:, rows], 1, False)
+        D = (codes - zero[part][:, rows]) * tried[part] - sample
+        scale[0] *= REACH[int((D * (Hd @ D)).sum(0).view(len(REACH), -1).sum(1).argmin())]
+        codes, scale, t, losses = improved(W, scale, zero, self.rounds, self.columns)
         return codes.T.contiguous(), loud, scale.T.contiguous(), zero.T.contiguous(), t, losses
 
 
@@ -128,8 +131,8 @@ def refit_columns(Q: Tensor, W: Tensor, Hd: Tensor, t: Tensor, dtype: torch.dtyp
     A, b = (Q @ Q.T).mul_(Hd).double(), (Hd @ W).mul_(Q).sum(1, dtype=torch.float64)
     silent = A.diagonal() == 0  # columns without a code other than zero keep their scale
     A.diagonal().add_(1e-9 * A.diagonal().mean() + silent)
-    solved, info = torch.linalg.solve_ex(A, torch.where(silent, 1.0, b))
-    new = (t * solved).to(dtype).to(t.dtype)
+    solved, info = torch.linalg.solve_ex(A, b)
+    new = torch.where(silent, t, t * solved).to(dtype).to(t.dtype)
     cost = lambda u: (A @ u - 2 * b) @ u
     usable = info == 0 and bool((torch.isfinite(new) & (new != 0)).all())
     return new if usable and cost(new.double() / t) < cost(torch.ones_like(b)) else t
