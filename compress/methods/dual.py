@@ -113,7 +113,7 @@ class DualScale(TargetOptions):
                     t = refit_columns((codes - zero[part]) * t[:, None] * scale[part], W, Hd, t, dtype)
                 if r:
                     scale = refit_rows((codes - zero[part]) * t[:, None], W, Hd, part, scale, dtype)
-                losses.append(float(descend(codes, (codes - zero[part]) * t[:, None] * scale[part], W, H, ridge, project, self.sweeps, 128)))
+                losses.append(float(descend(codes, (codes - zero[part]) * t[:, None] * scale[part], W, H, ridge, project, self.sweeps, 128, order)))
             return codes, scale, t, losses
 
         rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=W.device).long().repeat(len(REACH))
