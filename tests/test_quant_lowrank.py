@@ -103,4 +103,4 @@ def test_a_model_of_all_leaves_is_stored_verified_and_loaded(tmp_path):
     assert all(r.bytes == r.planned_bytes for r in report.manifest.layers.values())
     assert any(after < before for before, after in report.manifest.training.values())
     checked = compress.verify(str(tmp_path / "out"))
-    assert checked.ok and checked.kl < 1e-4, checked.problems
+    assert checked.ok and checked.kl < 1e-3, checked.problems
