@@ -60,9 +60,13 @@ class DualScale(TargetOptions):
         """The scale [m] of each row of W [m, n] that minimises Σ_j h_j (w_j − s c_j)² over codes and scale together."""
         raise NotImplementedError
 
+    def loud(self, columns: int) -> int:
+        """How many of so many columns are salient; one at least is not."""
+        return min(columns - 1, round(self.salient * columns))
+
     def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Format:
         """The format this gives for a weight of that shape, on meta."""
-        (m, n), dtype, k = shape, IntOptions.scale_dtype(stored), round(self.salient * shape[1])
+        (m, n), dtype, k = shape, IntOptions.scale_dtype(stored), self.loud(shape[1])
         found: Format = IntGroup.planned((m, n - k), self.levels - 1, n - k, True, dtype, self.levels)
         if k:
             loud = IntGroup.planned((m, k), self.salient_bits, k, False, dtype)
@@ -83,7 +87,7 @@ class DualScale(TargetOptions):
         error in the damped H-norm after the sweep, after descent, and after every pair of refits and descent."""
         factor = stats.factor(self.damp, True)
         weight = self.target(weight, stats, factor)
-        W, H, ridge, k = weight.T.contiguous(), stats.hessian, stats.ridge(factor), round(self.salient * weight.shape[1])
+        W, H, ridge, k = weight.T.contiguous(), stats.hessian, stats.ridge(factor), self.loud(weight.shape[1])
         h = torch.empty_like(H[0]).index_copy_(0, factor.order, factor.U.diagonal() ** -2)  # what an error in a column costs once all later ones answer
         loud = torch.zeros(len(W), dtype=torch.bool, device=W.device)
         loud[torch.argsort(h * W.square().sum(1), descending=True, stable=True)[:k]] = True
@@ -134,8 +138,8 @@ def refit_columns(Q: Tensor, W: Tensor, Hd: Tensor, t: Tensor, dtype: torch.dtyp
     solved, info = torch.linalg.solve_ex(A, b)
     new = torch.where(silent, t, t * solved).to(dtype).to(t.dtype)
     cost = lambda u: (A @ u - 2 * b) @ u
-    usable = info == 0 and bool((torch.isfinite(new) & (new != 0)).all())
-    return new if usable and cost(new.double() / t) < cost(torch.ones_like(b)) else t
+    better = info == 0 and bool(torch.isfinite(new).all()) and bool(cost(torch.where(silent, 1.0, new.double() / t)) < cost(torch.ones_like(b)))
+    return new if better else t
 
 
 def refit_rows(B: Tensor, W: Tensor, Hd: Tensor, part: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

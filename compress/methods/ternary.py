@@ -5,8 +5,8 @@
 
 The layout is that of BitNet b1.58 (arXiv 2402.17764), five digits a byte, with a scale a row in the place of one a matrix. BitNet trains its weights
 for mean|w| as scale and half of it as threshold; for given weights the scale above is the exact optimum of Σ h (w − s c)², since the best codes for any
-s are a top-k of |w|. From there on codes and scales answer to the whole of H (dual.py). Without training, three levels are for layers that forgive: the
-trellis has a third less error at the same bytes, but needs a decoder.
+s are a top-k of |w|. From there on codes and scales answer to the whole of H (dual.py). The trellis has
+a third less error at the same bytes, but needs a decoder.
 """
 
 from __future__ import annotations
