@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from .artifact import LayerRecord, Writer
 from .errors import CompressError
 from .experts import unfuse_experts
-from .formats import Format, build
+from .formats import Format, IntGroup, build
 from .linear import get_weight, set_weight
-from .trained import Trained, learner, place
+from .trained import Trained, place
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,16 @@ def finish(options: Distill, writer: Writer, headers: dict[str, dict], whole: Ca
         return
     delta = writer.header(DELTA)
     if delta is None:
-        model, formats = whole(), {}
+        model = whole()
+        formats: dict[str, Format] = {}
         unfuse_experts(model)
         for s in shards:
             tensors = writer.read(s)
-            for layer, r in headers[s]["layers"].items():
-                formats[layer] = build(r["format"], {t: tensors.pop(f"{layer}.{t}") for t in r["tensors"]})
+            records = {layer: LayerRecord.model_validate(r) for layer, r in headers[s]["layers"].items()}
+            formats |= {layer: build(r.format, {t: tensors[name] for t, name in r.places(layer).items()}) for layer, r in records.items()}
+            for layer, r in records.items():
+                for t in r.tensors:
+                    del tensors[f"{layer}.{t}"]
             model.load_state_dict(tensors, strict=False)  # biases that were corrected
         made, norms, before, after = distill(options, model, blocks, formats, tokens, mask, teacher, seed=seed, watch=watch)
         learned = {f"{layer}.{t}": value for layer, f in made.items() for t, value in f.tensors().items()} | norms
@@ -82,13 +86,13 @@ def distill(options: Distill, model: nn.Module, blocks: str, formats: dict[str, 
     """Better formats, better norm weights by name, and the held-out KL in nats before and after.
 
     model: the original with its own weights, in the dtype to compute in; it is used up. formats: the compressed linears by path. tokens [n, seqlen];
-    teacher(rows) gives the original's logits of those windows. Codes move where the weight is an IntGroup; scales, tables and factors of any format do,
-    and the blocks' norms.
+    teacher(rows) gives the original's logits of those windows. Only IntGroup weights and the blocks' norms are trained.
     """
     judges = max(1, round(options.held_out * len(tokens)))
     if judges >= len(tokens):
         raise CompressError(f"distill: {len(tokens)} windows are too few to train on some and judge on others; use more --samples")
-    trained = {path: learner(f, get_weight(model.get_submodule(path)), getattr(model.get_submodule(path), "bias", None)) for path, f in formats.items()}
+    trained = {path: Trained(f, get_weight(model.get_submodule(path)), getattr(model.get_submodule(path), "bias", None))
+               for path, f in formats.items() if isinstance(f, IntGroup)}  # fmt: skip
     model.requires_grad_(False)
     norms = {name: p for name, p in model.named_parameters()
              if name.startswith(blocks + ".") and p.dim() == 1 and name.rpartition(".")[0] not in formats}  # fmt: skip
@@ -114,7 +118,7 @@ def distill(options: Distill, model: nn.Module, blocks: str, formats: dict[str, 
     for p in norms.values():
         p.requires_grad_(True)
     masters = {name: p.detach().float().clone() for name, p in norms.items()}  # bf16 is too coarse for small steps
-    adam = torch.optim.Adam([*(p for t in trained.values() for p in t.smooth()), *masters.values()], lr=options.scale_lr, betas=(0.9, 0.95))
+    adam = torch.optim.Adam([*(t.log_s for t in trained.values()), *masters.values()], lr=options.scale_lr, betas=(0.9, 0.95))
     steps = options.epochs * -(-(len(tokens) - judges) // batch)
     order, starts = torch.Generator().manual_seed(seed), list[int]()
     for step in watch(range(steps)):
@@ -123,7 +127,7 @@ def distill(options: Distill, model: nn.Module, blocks: str, formats: dict[str, 
         with torch.enable_grad():
             divergence(slice(first, min(first + batch, len(tokens) - judges))).backward()
         left = 1 - step / steps
-        for t in filter(lambda t: isinstance(t, Trained), trained.values()):
+        for t in trained.values():
             t.p.data.add_(t.p.grad.sign_(), alpha=-2 * options.rounding * left / steps)
             t.p.grad = None
         for name, p in norms.items():
@@ -131,6 +135,8 @@ def distill(options: Distill, model: nn.Module, blocks: str, formats: dict[str, 
         adam.param_groups[0]["lr"] = options.scale_lr * left * min(1, (step + 1) / 5)
         adam.step()
         adam.zero_grad(set_to_none=True)
+        for t in trained.values():
+            t.log_s.grad = None
         for name, p in norms.items():
             p.data.copy_(masters[name])
     made = {path: t.weight() for path, t in trained.items()}

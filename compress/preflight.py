@@ -15,9 +15,12 @@ import torch
 
 from .arch import LINEARS, routers, table_entry
 from .checkpoint import Checkpoint
+from .errors import CompressError
 from .experts import unfuse_experts
 from .recipe import Recipe, nearest
-from .walk import STATS_LIMIT
+from .walk import STATS_LIMIT, bundles, pieces
+
+SCHEDULE_WINDOWS = 32  # what outputs and layers count is an average over so many; only tokens that are weighed each need a gradient
 
 
 @dataclass(frozen=True)
@@ -67,25 +70,52 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
     return found
 
 
+def bundled(source: Checkpoint, recipe: Recipe, found: list[tuple[str, int, tuple[int, int]]]) -> dict[str, dict[str, int]]:
+    """For every linear that is solved together with others, those and their rows. Raises CompressError where nothing says which read the same input."""
+    methods = {name: step.build() for name, _, _ in found if (step := recipe.step_for(name)) is not None}
+    together: dict[str, dict[str, int]] = {}
+    if not any(getattr(method, "joint", False) for method in methods.values()):
+        return together
+    if (arch := table_entry(source.model)) is None:
+        raise CompressError(f"{type(source.model).__name__} is not in the table of architectures, so a plan cannot know which of its linears read the same "
+                            "input; set joint to false, or add it to compress/arch.py")  # fmt: skip
+    rows = {name: shape[0] for name, _, shape in found}
+    for i in range(source.num_blocks):
+        block = copy.deepcopy(source.model.get_submodule(source.block_name(i)))
+        unfuse_experts(block)
+        for site in arch.sites_of(block):
+            paths = [path for p in site.linears if (path := f"{source.block_name(i)}.{p}") in methods]
+            for bundle in bundles(paths, methods):
+                together |= {path: {p: rows[p] for p in bundle} for path in bundle}
+    return together
+
+
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True) -> Plan:
     """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
     samples += recipe.generated
     rows, states_kept = [], 3  # hidden states, and what one finished part of a block and the input of the next linear keep beside them
     work, tokens, n_max = 0.0, samples * seqlen, 0
     block_work: dict[int, set[int]] = {}
-    for name, i, (m, n) in linears(source):
+    found = linears(source)
+    together = bundled(source, recipe, found)
+    for name, i, (m, n) in found:
         step, stored = recipe.step_for(name), source.dtype_of(f"{name}.weight")
         if step is None:
             rows.append(PlannedLayer(name, (m, n), None, str(stored)[6:], m * n * stored.itemsize, m * n * stored.itemsize))
             continue
-        method = step.build()
-        fmt = method.planned((m, n), stored, name)
-        rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * stored.itemsize, fmt.nbytes()))
+        method, sizes = step.build(), together.get(name, {name: m})
+        parts, own = pieces(method.planned((sum(sizes.values()), n), stored, "+".join(sizes)), list(sizes.values()))
+        at = list(sizes).index(name)
+        rows.append(PlannedLayer(name, (m, n), step.method, parts[at].describe(), m * n * stored.itemsize, own[at][1]))
         if method.needs or recipe.blocks:
             n_max = max(n_max, n)
             block_work.setdefault(i, set()).add(n)
             work += 2.0 * n * n * (m + n / 3) + 6.0 * tokens * m * n  # solver; about three passes through the layer
     needs = frozenset[str]().union(*(step.build().needs for r in rows if r.method and (step := recipe.step_for(r.name))))
+    if recipe.schedule:
+        needs |= {"gradient"} if recipe.schedule.by == "gradient" else set()
+        work += sum(min(tokens, SCHEDULE_WINDOWS * seqlen) * 2.0 * r.shape[0] * r.shape[1] for r in rows if r.method)
+    guided = bool(needs & {"guidance", "gradient"})
     twice = "cross" in needs or recipe.tune is not None or recipe.distill is not None  # the original model's states travel along
     work *= 1 + 0.6 * twice
     work += sum(tokens * n * n * 1.2 for per in block_work.values() for n in per)  # Hessians, half of XᵀX
@@ -94,7 +124,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     kept = source.nbytes(list(source.groups.values())) + sum(source.entries[key].nbytes for key in source.unknown)  # a view may store a tied head
     after = kept - sum(r.bytes_before - r.bytes_after for r in compressed)
     solved = sum(r.shape[0] * r.shape[1] for r in compressed)
-    work += tokens * solved * (6.0 * ("guidance" in needs) + 8.0 * (recipe.distill.epochs if recipe.distill else 0))
+    work += tokens * solved * (6.0 * guided + 8.0 * (recipe.distill.epochs if recipe.distill else 0))
     work += 6.0 * solved * batch * seqlen * (recipe.tune.steps if recipe.tune else 0)
     parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
@@ -104,7 +134,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         block_bytes += block_bytes * 4 // source.dtype.itemsize
     outer = source.nbytes(source.outer_groups())
     width = source.model.get_input_embeddings().weight.shape[1]
-    states_kept += 3 * twice + (source.num_blocks + 1) * ("guidance" in needs)
+    states_kept += 3 * twice + (source.num_blocks + 1) * guided
     states = states_kept * tokens * width * source.dtype.itemsize if n_max or twice else 0
     weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
     by_block = [[r for r in rows if r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
@@ -114,7 +144,9 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     working = (4 + twice) * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
     working += batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
+    late = ["ranks follow from the energy, once calibration has seen it: bytes are those of the recipe's ratio until then"]
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
+    warnings += late if recipe.schedule and recipe.schedule.energy else []
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
                 max((2 + twice) * block_bytes + states + working, outer + states, trained + states), after + (8 << 20),

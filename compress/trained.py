@@ -1,4 +1,4 @@
-"""Trained: a linear whose integer weight learns. Codes and scales are what will be stored, at every step. Smooth: one of any other format.
+"""Trained: a linear whose integer weight learns. Codes and scales are what will be stored, at every step.
 
     ŵ = s·(⌊p⌉ − z)          p lies in the cell of its code; a code changes when its p leaves the cell
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .formats import Format, IntGroup, build
+from .formats import Dense, Format, IntGroup, build
 
 EDGE = 0.45  # how near to its cell's border a p may start; the cell ends at 0.5
 
@@ -44,10 +44,6 @@ class Trained(nn.Module):
         self.p = nn.Parameter(codes.view(shape) + inside)  # [out, groups, group_size]
         self.log_s = nn.Parameter(torch.zeros_like(self.base))  # [out, groups, 1]
 
-    def smooth(self) -> list[nn.Parameter]:
-        """What Adam moves; codes go their own way."""
-        return [self.log_s]
-
     def codes(self) -> Tensor:
         return self.p.detach().round().clamp_(0, self.start.levels - 1)
 
@@ -67,41 +63,34 @@ class Trained(nn.Module):
                              self.start.bits_per_code, self.start.levels)  # fmt: skip
 
 
-class Smooth(nn.Module):
-    """In the place of a linear of any other format: codes stay, and its floating-point tensors (scales, tables, low-rank factors) learn.
+class Values(nn.Module):
+    """In the place of a linear of any other format: its floats learn (factors, kept values, scales, tables), codes and masks stay as they are.
 
-    A step is relative to the rms of the tensor's row, as Trained's is to its scale, and what is multiplied is what will be stored."""
+    `known` holds the parameter of every tensor seen, so that linears that share a factor train one."""
 
-    def __init__(self, weight: Format, bias: Tensor | None):
+    def __init__(self, weight: Format, bias: Tensor | None, known: dict[int, nn.Parameter]):
         super().__init__()
         self.start, self.bias = weight, bias
-        floats = {name: t.float() for name, t in weight.tensors().items() if t.is_floating_point()}
-        self.size = {name: t.square().mean(-1, keepdim=True).sqrt() for name, t in floats.items()}
-        self.steps = nn.ParameterDict({name: torch.zeros_like(t) for name, t in floats.items()})
+        self.free = nn.ParameterDict({name: known.setdefault(id(t), nn.Parameter(t.float())) for name, t in weight.tensors().items() if t.is_floating_point()})
 
-    def smooth(self) -> list[nn.Parameter]:
-        return list(self.steps.values())
-
-    def format(self) -> Format:
-        tensors = self.start.tensors()
-        for name, step in self.steps.items():
-            exact, dtype = tensors[name].float() + step * self.size[name], tensors[name].dtype
-            tensors[name] = Straight.apply(exact, exact.detach().to(dtype).float())
-        return build(self.start.meta(), tensors)
+    def tensors(self) -> dict[str, Tensor]:
+        """As they would be stored; gradients pass through the rounding."""
+        stored = self.start.tensors()
+        return stored | {name: Straight.apply(p, p.detach().to(stored[name].dtype).float()) for name, p in self.free.items()}
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.format().dequantize().to(x.dtype), self.bias)
+        return F.linear(x, build(self.start.meta(), self.tensors()).dequantize().to(x.dtype), self.bias)
 
     @torch.no_grad()
     def weight(self) -> Format:
         """What has been learned, ready to be stored."""
         stored = self.start.tensors()
-        return build(self.start.meta(), {name: t.to(stored[name].dtype) for name, t in self.format().tensors().items()})
+        return build(self.start.meta(), stored | {name: p.detach().to(stored[name].dtype) for name, p in self.free.items()})
 
 
-def learner(weight: Format, W: Tensor, bias: Tensor | None) -> Trained | Smooth:
-    """The module that learns in the place of a linear with that weight; W [out, in] is what it was."""
-    return Trained(weight, W, bias) if isinstance(weight, IntGroup) else Smooth(weight, bias)
+def floats(weight: Format) -> bool:
+    """Is it for `Values` to train? An IntGroup is `Trained`; Dense is a weight that nothing was done to."""
+    return not isinstance(weight, (IntGroup, Dense)) and any(t.is_floating_point() for t in weight.tensors().values())
 
 
 def place(parent: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:

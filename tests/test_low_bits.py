@@ -19,7 +19,7 @@ from compress.linear import CompressedLinear
 from compress.methods import GPTQ, Binary, Ternary
 from compress.methods.dual import refit_columns, refit_rows
 from compress.methods.feedback import sweep
-from compress.trained import Smooth
+from compress.trained import Values, floats
 
 BF16, F64 = torch.bfloat16, torch.float64
 METHODS = [Ternary(), Ternary(columns=False), Binary(), Binary(salient=0.25), Ternary(salient=0.1, salient_bits=2, columns=False)]
@@ -209,12 +209,13 @@ def smooth_formats():
 
 @pytest.mark.parametrize("fmt", smooth_formats(), ids=lambda f: type(f).__name__)
 def test_any_format_learns_by_its_floating_point_tensors(fmt):
-    linear, x = Smooth(fmt, None), correlated(tokens=40)
+    linear, x = Values(fmt, None, {}), correlated(tokens=40)
     same = linear.weight().tensors()
+    assert floats(fmt) and not floats(integers(4, 8)) and not floats(Dense(torch.ones(4, 8)))
     assert torch.equal(linear(x), F.linear(x, fmt.dequantize())) and all(torch.equal(t, same[name]) for name, t in fmt.tensors().items())
     wanted = F.linear(x, weight())
     before = float((linear(x) - wanted).square().mean().detach())
-    adam = torch.optim.Adam(linear.smooth(), lr=1e-2)
+    adam = torch.optim.Adam(linear.parameters(), lr=1e-2)
     for _ in range(30):
         adam.zero_grad()
         (linear(x) - wanted).square().mean().backward()
@@ -235,7 +236,7 @@ def test_a_model_of_all_of_them_is_tuned_stored_verified_and_resumed(tmp_path, m
     save_tiny("llama", tmp_path / "model")
     steps = [{"method": "ternary", "match": "*.self_attn.*", "propagate": 1.0}, {"method": "binary", "match": "*.down_proj"},
              {"method": "binary", "match": "*", "salient": 0.2}]  # fmt: skip
-    recipe = {"name": "all", "steps": steps, "tune": {"steps": 8, "scale_lr": 2e-3, "rounding": False, "held_out": 0}}
+    recipe = {"name": "all", "steps": steps, "tune": {"steps": 8, "held_out": 0}}
     go = lambda out: run(tmp_path / "model", out, f"file:{tmp_path}/text.txt", recipe, samples=48)
     report = go(tmp_path / "out")
     assert {r.describe for r in report.manifest.layers.values()} == {

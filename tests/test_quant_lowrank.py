@@ -98,7 +98,7 @@ def test_a_model_of_all_leaves_is_stored_verified_and_loaded(tmp_path):
                                            "rounds": 1} | options  # fmt: skip
     steps = [make("*.[qk]_proj", "gptq", propagate=1.0), make("*.v_proj", "nf"), make("*.o_proj", "rtn", whiten="diagonal", factor_bits=8),
              make("*.down_proj", "trellis", factor_bits=4, guided=True), make("*", "ternary")]  # fmt: skip
-    recipe = {"name": "all", "steps": steps, "tune": {"steps": 8, "scale_lr": 2e-3, "rounding": False, "held_out": 0}}
+    recipe = {"name": "all", "steps": steps, "tune": {"steps": 8, "held_out": 0}}
     report = run(tmp_path / "model", tmp_path / "out", f"file:{tmp_path}/text.txt", recipe, samples=48)
     assert all(r.bytes == r.planned_bytes for r in report.manifest.layers.values())
     assert any(after < before for before, after in report.manifest.training.values())
