@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .formats import Format, IntGroup, build
+from .formats import Dense, Format, IntGroup, build
 
-FREE = ("Masked", "Sparse24", "Product", "Sum")  # formats of floats that `Values` trains; Dense is a weight that nothing was done to
 EDGE = 0.45  # how near to its cell's border a p may start; the cell ends at 0.5
 
 
@@ -65,7 +64,7 @@ class Trained(nn.Module):
 
 
 class Values(nn.Module):
-    """In the place of a linear whose stored numbers are floats: factors of a product, kept values of a mask, which stays as it is.
+    """In the place of a linear of any other format: its floats learn (factors, kept values, scales, tables), codes and masks stay as they are.
 
     `known` holds the parameter of every tensor seen, so that linears that share a factor train one."""
 
@@ -90,9 +89,8 @@ class Values(nn.Module):
 
 
 def floats(weight: Format) -> bool:
-    """Are all the numbers of this format floats (and masks)? Then its values can learn; integers have scales, which `Trained` knows."""
-    meta = weight.meta()
-    return meta["format"] in FREE and not any(leaf in str(meta) for leaf in ("IntGroup", "Lut", "Trellis"))
+    """Is it for `Values` to train? An IntGroup is `Trained`; Dense is a weight that nothing was done to."""
+    return not isinstance(weight, (IntGroup, Dense)) and any(t.is_floating_point() for t in weight.tensors().values())
 
 
 def place(parent: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:

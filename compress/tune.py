@@ -30,7 +30,7 @@ class Tune:
     steps: int = 100  # gradient steps a block, each on one batch of calibration windows
     rounding: bool = True  # move codes, each at most to a neighbour or two
     scale_lr: float = 1e-3  # Adam's step on the logarithm of the scales; 0 leaves them
-    value_lr: float = 3e-3  # Adam's step on floats (factors, kept values), relative to the root mean square of their tensor; 0 leaves them
+    value_lr: float = 3e-3  # Adam's step on other formats' floats (factors, values, scales, tables), relative to the rms of the tensor; 0 leaves them
     held_out: float = 0.1  # share of the windows that only judges
 
     def __post_init__(self):
@@ -44,7 +44,7 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
     """Better formats for the linears of `block`, and the held-out error before and after, relative to the target's variance.
 
     stream stands in front of the block, target [n, seqlen, width] is what the original model has behind it; twin is the block as it was.
-    The block is left with the weights that are returned. Integers and floats are trained; masks, look-up tables and trellises stay.
+    The block is left with the weights that are returned. Codes of an IntGroup move; of other formats, what is no code and no mask.
     """
     trained = {path: Trained(f, get_weight(twin.get_submodule(path)), getattr(block.get_submodule(path), "bias", None))
                for path, f in formats.items() if isinstance(f, IntGroup)}  # fmt: skip

@@ -4,7 +4,7 @@
     dense-streamed   dequantize at every call: the memory of the compressed weight
     triton-int       codes read by the GPU kernel
     cpu-pack         codes read by the int4 / int8 matmuls that torch ships for CPU
-    parts            a combinator taken apart: x·Aᵀ + x·Bᵀ, (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
+    parts            a combinator taken apart: x·Aᵀ + x·Bᵀ (each on its columns, for Columns), (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
 
 Routes that support a (format, dtype, device) are timed once per shape and bucket of rows (see tune.py), so a packed route runs only where
 it beat dense. The choice may change how bf16 and fp16 round. There is no choice, only dense leaves dequantized in fp32, when x is fp32,
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Dense, Format, IntGroup, Product, Scaled, Sum, Transformed
+from ..formats import Columns, Dense, Format, IntGroup, Product, Scaled, Sum, Transformed
 from . import cpu_int, reference, tune
 
 log = logging.getLogger(__name__)
@@ -121,6 +121,8 @@ def plain(format: Format, policy: Policy, memory: Memory) -> Route:
         return _parts(format, policy, memory)
     if isinstance(format, Scaled):
         return _scaled(policy, memory)
+    if isinstance(format, Columns):
+        return _columns(policy, memory)
     return CACHED if memory == "keep" else STREAMED
 
 
@@ -172,6 +174,19 @@ def _scaled(policy: Policy, memory: Memory) -> Route:
         return matmul((x * format.columns).to(x.dtype), format.inner, bias, cache, policy=policy, memory=memory)
 
     return Route("parts", lambda format, dtype: (format, {}), run)
+
+
+def _columns(policy: Policy, memory: Memory) -> Route:
+    """Either part on its share of the inputs, through this same door."""
+
+    def prepare(format: Columns, dtype: torch.dtype) -> list[tuple[Tensor, Format, dict]]:
+        return [(place, part, {}) for place, part in zip(format.places(), (format.first, format.second), strict=True)]
+
+    def run(x: Tensor, parts: list[tuple[Tensor, Format, dict]], bias: Tensor | None) -> Tensor:
+        first, second = (matmul(x[:, place], part, b, cache, policy=policy, memory=memory) for (place, part, cache), b in zip(parts, (bias, None), strict=True))
+        return first + second
+
+    return Route("parts", prepare, run)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..formats import Format, Product, Scaled, Sum, Transformed
+from ..formats import Columns, Format, Product, Scaled, Sum, Transformed
 
 
 def dense(format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -16,6 +16,8 @@ def dense(format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
         return dense(format.inner, dtype) @ dense(format.transform, dtype).T
     if isinstance(format, Scaled):
         return dense(format.inner, dtype) * format.columns.to(dtype)
+    if isinstance(format, Columns):
+        return torch.cat([dense(format.first, dtype), dense(format.second, dtype)], 1)[:, torch.cat(format.places()).argsort()]
     return format.dequantize().to(dtype)
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
-from compress.formats import Dense, IntGroup, Lut, Masked, Product, Scaled, Sparse24, Sum, Transformed, Trellis, build, packing
+from compress.formats import Columns, Dense, IntGroup, Lut, Masked, Product, Scaled, Sparse24, Sum, Transformed, Trellis, build, packing
 from compress.formats.int_group import check_group_size
 
 
@@ -74,6 +74,7 @@ def test_int_group_dequantizes_code_by_code(bits, sym, levels):
     lambda: IntGroup.pack(int_group()[0].unpack(), torch.rand(6, 3).bfloat16(), 15 * torch.rand(6, 3).half(), 4),
     lambda: Lut.pack(torch.randint(0, 16, (6, 96), dtype=torch.uint8), torch.randn(1, 16), torch.rand(6, 3).bfloat16(), "nf4"),
     lambda: Lut.pack(torch.randint(0, 8, (5, 77), dtype=torch.uint8), torch.randn(5, 8).half(), None, "lut3"),
+    lambda: Columns.pack(torch.arange(128) % 4 == 0, int_group(n=32)[0], Scaled(int_group(bits=1, sym=True)[0], torch.rand(96))),
     lambda: Scaled(Scaled(int_group()[0], torch.rand(96)), torch.rand(96).bfloat16()),
 ])  # fmt: skip
 def test_round_trip_through_a_file_and_bits_equal_bytes_on_disk(make, tmp_path):

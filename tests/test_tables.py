@@ -16,6 +16,7 @@ from compress.formats import IntGroup, Lut, Scaled
 from compress.kernels import cpu_int, dispatch, reference
 from compress.linear import CompressedLinear
 from compress.methods import GPTQ, HQQ, LNQ, NF, RTN, SINQ, grid
+from compress.methods.feedback import sweep
 from compress.methods.lnq import project, quartic_means, refit_tables
 
 BF16 = torch.bfloat16
@@ -267,7 +268,8 @@ def test_the_sweep_equals_gptq_on_the_same_levels():
     s, W = stats_of(correlated(), torch.float64), weight().double()
     codes, scale, zero, _ = GPTQ(bits=3, group_size=-1, sweeps=0).solve(W, s, BF16)
     table = ((torch.arange(8) - zero) * scale).T.contiguous()  # [8, m]
-    assert torch.equal(LNQ()._sweep(W.T, s.factor(0.01, True), table).T, codes)
+    f = s.factor(0.01, True)
+    assert torch.equal(sweep(W.T, f.U, f.order, lambda j, w: project(w, table))[0].T, codes)
 
 
 def test_a_refit_solves_the_least_squares_problem_of_each_row():

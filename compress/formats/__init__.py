@@ -1,6 +1,6 @@
-"""What a compressed weight is made of: leaves that hold tensors, and four combinators.
+"""What a compressed weight is made of: leaves that hold tensors, and five combinators.
 
-    W  =  leaf  |  term + term + ...  |  factor @ factor @ ...  |  inner @ Tᵀ  |  inner · diag(t)
+    W  =  leaf  |  term + term + ...  |  factor @ factor @ ...  |  inner @ Tᵀ  |  inner · diag(t)  |  [first, second] by columns
 
 A method returns one of these; the artifact stores its tensors and its `meta()`; `build` puts it together again. Kernels look only at
 the Format, so a new method needs no new layer class and a new leaf needs one file here.
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import CompressError
 from .base import Format
+from .columns import Columns
 from .combine import Product, Scaled, Sum, Transformed
 from .dense import Dense
 from .int_group import IntGroup
@@ -21,9 +22,10 @@ from .masked import Masked
 from .sparse24 import Sparse24
 from .trellis import Trellis
 
-__all__ = ["Dense", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build", "split_rows"]
+__all__ = ["Columns", "Dense", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build",
+           "split_rows"]  # fmt: skip
 
-FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, Masked, Sparse24, Trellis, Sum, Product, Transformed, Scaled)}
+FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, Masked, Sparse24, Trellis, Sum, Product, Transformed, Scaled, Columns)}
 
 
 def split_rows(weight: Format, sizes: Sequence[int]) -> list[Format]:

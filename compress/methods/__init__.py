@@ -8,25 +8,28 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .admm import ADMM
 from .awp import AWP
+from .binary import Binary
 from .dense_sparse import DenseSparse
 from .gptq import GPTQ
 from .hqq import HQQ
 from .lnq import LNQ
 from .magnitude import Magnitude
 from .nf import NF
+from .quant_lowrank import QuantLowRank
 from .rtn import RTN
 from .sinq import SINQ
 from .slim import SLiM
 from .sparsegpt import SparseGPT
 from .svd import SVD
+from .ternary import Ternary
 from .trellis import TrellisCoding
 from .wanda import Wanda
 
 METHODS = {
     "rtn": RTN, "nf": NF, "hqq": HQQ, "sinq": SINQ,
-    "gptq": GPTQ, "lnq": LNQ, "trellis": TrellisCoding,
+    "gptq": GPTQ, "lnq": LNQ, "trellis": TrellisCoding, "ternary": Ternary, "binary": Binary,
     "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM,
-    "svd": SVD, "slim": SLiM, "dense-sparse": DenseSparse,
+    "svd": SVD, "slim": SLiM, "quant-lowrank": QuantLowRank, "dense-sparse": DenseSparse,
 }  # fmt: skip
 
 

@@ -19,10 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import Factor, Stats
+from ..calibration.statistics import Stats
 from ..errors import CompressError
 from ..formats import Lut
-from .descent import descend, one_thread
+from .descent import descend
+from .feedback import sweep
 from .options import IntOptions
 from .target import TargetOptions
 
@@ -62,7 +63,7 @@ class LNQ(TargetOptions):
         h = torch.empty_like(H[0]).index_copy_(0, factor.order, factor.U.diagonal() ** -2)
         table = torch.cat([quartic_means(part, h, 2**self.bits) for part in weight.split(max(1, CHUNK // len(W)))])
         table = table.T.to(dtype).to(W.dtype).contiguous()  # [2^b, m]
-        codes = self._sweep(W, factor, table)
+        codes, _ = sweep(W, factor.U, factor.order, lambda j, w: project(w, table), self.block_size)
         if factor.failed:
             return codes.T.contiguous(), table.T.contiguous(), H.new_tensor(torch.nan)
 
@@ -75,21 +76,6 @@ class LNQ(TargetOptions):
             codes, table = refit_tables(codes, W, H, ridge, table, dtype)
             loss = descended()
         return codes.T.contiguous(), table.T.contiguous(), loss
-
-    def _sweep(self, W: Tensor, factor: Factor, table: Tensor) -> Tensor:
-        """GPTQ's column sweep (gptq.py) with the table as grid: codes uint8 [n, m]."""
-        W, codes, (U, order) = W[factor.order], torch.empty_like(W, dtype=torch.uint8), (factor.U, factor.order.tolist())
-        for start in range(0, len(W), self.block_size):
-            stop = min(start + self.block_size, len(W))
-            block, U_block = W[start:stop], U[start:stop, start:stop]
-            diagonal, E = U_block.diagonal().tolist(), torch.empty_like(block)
-            with one_thread(block):
-                for i in range(stop - start):
-                    codes[order[start + i]], value = project(block[i], table)
-                    E[i] = e = (block[i] - value) / diagonal[i]
-                    block[i + 1 :].addr_(U_block[i, i + 1 :], e, alpha=-1)
-            W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
-        return codes
 
 
 def project(w: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
