@@ -1,4 +1,4 @@
-"""The verbs, for notebooks and scripts: plan, run, evaluate, inspect, verify, load, export. The command line calls these and prints what they return."""
+"""The verbs, for notebooks and scripts: plan, run, heal, evaluate, inspect, verify, load, export. The command line calls these and prints what they return."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from . import artifact, importing, preflight, progress, transforms, verification
 from . import distill as _distill
 from . import recipe as _recipe
-from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, read_manifest
+from .artifact import MANIFEST, PARTIAL, PROBE, PROBE_KEPT, PROBE_TOKENS, Manifest, Writer, read_manifest, strictly
 from .calibration.data import CalibrationSet, load_calibration
 from .calibration.guidance import guide
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
@@ -33,6 +34,8 @@ from .eval import compare as _compare
 from .experts import fused_experts
 from .export import Exported
 from .export import write as _export
+from .heal import heal as _heal
+from .healing.options import Heal
 from .linear import CompressedLinear
 from .preflight import SCHEDULE_WINDOWS, Plan
 from .schedule import scheduled
@@ -45,7 +48,6 @@ from .walk import Done, copy_outer, restore, walk
 
 BATCH_TOKENS = 4096  # tokens of one forward during calibration: fixed, because the order of summation is part of the result
 EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
-PROBE_TOKENS, PROBE_KEPT = 32, 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -95,10 +97,17 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     dtype: what the blocks compute in (auto: the checkpoint's own where the device is fast at it, else float32). strict: any fallback raises.
     uniform: what structural steps leave must be a plain Hugging Face model, so layers lose the same share; refused where it cannot be one.
     An interrupted run is continued by the same call; a folder that holds another run is refused unless overwrite=True.
+    A recipe with `heal:` makes the artifact in OUTPUT.unhealed and heals it into OUTPUT, on the same text.
     Raises CompressError, one line with a way out, on bad input.
     """
     started = time.perf_counter()
     chosen = _evenly(uniform, _recipe.load(recipe).with_options(settings or []))
+    if chosen.heal:
+        base = run(model, chosen.model_copy(update={"heal": None}), calibration, f"{Path(output)}.unhealed", samples=samples, seqlen=seqlen, seed=seed,
+                   pack=pack, chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
+                   uniform=uniform, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
+        return heal(base.path, model, calibration, output, options=chosen.heal, seed=seed, pack=pack, chat_template=chat_template, device=device, dtype=dtype,
+                    strict=strict, overwrite=overwrite, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
     device = _device(device)
     whole = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
     source = chosen.viewed(_uniform(uniform, chosen.guessed(whole)))
@@ -123,7 +132,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         tell = lambda name, found: progress.line(f"transform {name}: " + (found if isinstance(found, str) else f"error {found:.3e}"), show)
         chosen = transforms.choose(source, chosen, data, batch=batch, device=device, tell=tell)
         source = chosen.viewed(source)
-    _strict(strict, fallbacks + source.notes)
+    strictly(strict, fallbacks + source.notes)
     identity = {"source": whole.digest(), "recipe": chosen.identity(),
                 "calibration": data and data.record | {"sha256": _digest(data)}, "seed": seed,
                 "dtype": str(source.dtype)[6:], "device": torch.device(device).type, "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
@@ -132,7 +141,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     try:
         if writer.complete:
             manifest = read_manifest(folder)
-            _strict(strict, [f.model_dump() for f in manifest.fallbacks])
+            strictly(strict, [f.model_dump() for f in manifest.fallbacks])
             return Report(str(folder), manifest, time.perf_counter() - started, len(manifest.layers), _peak_rss())
         _room(folder, planned.disk)
         scratch = Scratch(folder, identity) if chosen.structure else None
@@ -166,7 +175,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                 screen.layer(done)
                 log(done)
                 if strict:
-                    _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
+                    strictly(strict, [f for h in headers.values() for f in h["fallbacks"]])
         if chosen.distill and data and original:
             teacher = original.tail()
             _distill.finish(chosen.distill, writer, headers, lambda: _whole(source, device, source.dtype), source.blocks_path, data.tokens, data.mask,
@@ -178,15 +187,45 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                 probe.advance(block)
         headers[PROBE.removesuffix(".safetensors")] = writer.commit(PROBE.removesuffix(".safetensors"), {
             "tokens": probe.tokens, "logits": next(probe.logits())[:, -PROBE_KEPT:].float()}, {}, fallbacks)  # fmt: skip
-        _strict(strict, [f for h in headers.values() for f in h["fallbacks"]])
+        strictly(strict, [f for h in headers.values() for f in h["fallbacks"]])
         plain = bool(chosen.structure) and not compressed and not any(getattr(source.config, KEY, None) or ()) and not fused_experts(source.model)
-        manifest = writer.finish(headers, source.path, source.changes, source.blocks_path, _totals(headers, source, planned), __version__,
-                                 plain=plain, structure=structure)  # fmt: skip
+        sizes = artifact.totals(headers, planned.parameters, planned.bytes_before, planned.bytes_after)
+        manifest = writer.finish(headers, source.path, source.changes, source.blocks_path, sizes, __version__, plain=plain, structure=structure)
         if scratch:
             scratch.remove()
     finally:
         writer.close()
     return Report(str(folder), manifest, time.perf_counter() - started, resumed, _peak_rss())
+
+
+def heal(path: str, teacher: str, data: str | CalibrationSet = "stdlib", output: str | Path = "healed", *,
+         options: Heal | list[str] | dict[str, Any] | None = None, cache: str | Path | None = None, seed: int = 0, pack: bool = True,
+         chat_template: bool = False, device: str = "auto", dtype: str = "auto", strict: bool = False, overwrite: bool = False,
+         trust_remote_code: bool = False, show: bool = True) -> Report:  # fmt: skip
+    """Train an artifact, or a checkpoint with blocks or channels removed, towards the model that it was made of (compress/heal.py).
+
+    teacher: the original; data: text to train on, a SPEC as for `run` or a CalibrationSet. options: {"steps": 1000} or ["rank=32"], the fields of Heal.
+    cache: where the teacher's answers are kept (default OUTPUT.teacher, removed at the end). An interrupted call is continued by the same call. Never
+    gives out a model that is worse on held-out windows: `report.manifest.training["healing"]` is their KL before and after, and a fallback tells where
+    healing was undone. Raises CompressError, one line with a way out, on bad input.
+    """
+    started = time.perf_counter()
+    chosen = options if isinstance(options, Heal) else _recipe.healing(options or {})
+    device = _device(device)
+    processes = PartialState(cpu=torch.device(device).type == "cpu")
+    device = f"cuda:{processes.local_process_index}" if device == "cuda" and processes.num_processes > 1 else device
+    source, original = (_opened(m, dtype, device, trust_remote_code) for m in (path, teacher))
+    if (a := _vocabulary(source)) != (b := _vocabulary(original)):
+        raise CompressError(f"{path} has a vocabulary of {a}, {teacher} of {b}: not a compressed version of it")
+    text = data if isinstance(data, CalibrationSet) else load_calibration(
+        data, original.tokenizer(), samples=chosen.samples, seqlen=chosen.seqlen, seed=seed, pack=pack, chat_template=chat_template,
+        model=_whole(original) if data == "self" else None)  # fmt: skip
+    _fits(text, source.config, a, path)
+    asked = {"teacher": original.digest(), "data": text.record | {"sha256": _digest(text)}}
+    _heal(chosen, source, original, text, Path(output), Path(cache) if cache else None, asked, processes, seed=seed, device=device, strict=strict,
+          overwrite=overwrite, show=show)  # fmt: skip
+    manifest = read_manifest(Path(output))
+    return Report(str(output), manifest, time.perf_counter() - started, 0, _peak_rss())
 
 
 def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
@@ -377,6 +416,16 @@ def _dtype(dtype: str, model: str, device: str) -> torch.dtype | None:
     return stored if stored == torch.bfloat16 and fast_bf16 else torch.float32
 
 
+def _opened(model: str, dtype: str, device: str, trust_remote_code: bool) -> Checkpoint:
+    """An artifact or a checkpoint."""
+    folder, computed = resolve(model), _dtype(dtype, model, device)
+    if not any((folder / name).is_file() for name in (MANIFEST, PARTIAL)):
+        return Checkpoint(model, dtype=computed, trust_remote_code=trust_remote_code)
+    source = verification.ArtifactCheckpoint(folder, read_manifest(folder), trust_remote_code)
+    source.dtype = computed or source.stored_dtype
+    return source
+
+
 def _whole(source: Checkpoint, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     return load(str(source.path), dtype=dtype, device=device, trust_remote_code=source.trust_remote_code)
 
@@ -408,28 +457,10 @@ def _tokenizer(folder: Path):
         return None
 
 
-def _strict(strict: bool, fallbacks: list[dict]) -> None:
-    if strict and fallbacks:
-        first = fallbacks[0]
-        raise CompressError(f"--strict: {first['what']} at {first['where']} ({first['detail']})"
-                            + (f" and {len(fallbacks) - 1} more" if len(fallbacks) > 1 else "") + "; finished blocks are kept: "
-                            "run again without --strict to accept it")  # fmt: skip
-
-
 def _room(folder: Path, need: int) -> None:
     have = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
     if have < need:
         raise CompressError(f"{folder}: the artifact takes {need / 1e9:.2f} GB, {have / 1e9:.2f} GB are free; make room or choose another -o")
-
-
-def _totals(headers: dict[str, dict], source: Checkpoint, planned: Plan) -> dict[str, float]:
-    layers = [r for h in headers.values() for r in h["layers"].values()]
-    stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize
-                 for h in headers.values() for t in h["tensors"].values() if t["shard"] != PROBE)  # fmt: skip
-    linear_parameters, linear_bytes = sum(r["parameters"] for r in layers), sum(r["bytes"] for r in layers)
-    return {"parameters": planned.parameters, "linear_parameters": linear_parameters, "bytes": stored, "linear_bytes": linear_bytes,
-            "source_bytes": planned.bytes_before, "linear_bits": 8 * linear_bytes / linear_parameters if layers else 8 * stored / planned.parameters,
-            "model_bits": 8 * stored / planned.parameters, "planned_bytes": planned.bytes_after}  # fmt: skip
 
 
 def weight_bytes(folder: Path) -> int:

@@ -32,6 +32,7 @@ from torch import Tensor
 from .errors import CompressError
 
 MANIFEST, PARTIAL, PROBE, INDEX = "compress.json", "compress.partial.json", "probe.safetensors", "model.safetensors.index.json"
+PROBE_TOKENS, PROBE_KEPT = 32, 8  # tokens that the probe sends, and how many of them have their logits stored
 FORMAT_VERSION = 1
 COMPANIONS = ("tokenizer*", "*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja", "chat_template*", "generation_config.json",
               "*processor*.json", "*.py")  # fmt: skip
@@ -55,7 +56,7 @@ class LayerRecord(Record):
     planned_bytes: int
     parameters: int
     error: float  # tr[(Ŵ−W)H(Ŵ−W)ᵀ]/tr[WHWᵀ]; with no calibration H is the identity
-    error_norm: str  # "hessian", "guided" (tokens weighed) or "identity"
+    error_norm: str  # "hessian", "guided" (tokens weighed), "identity", or "healing": how far that moved the weight
     tokens: int  # calibration tokens that reached it
 
     def places(self, layer: str) -> dict[str, str]:
@@ -90,7 +91,7 @@ class Manifest(Record):
     totals: dict[str, float]
     structure: list[dict[str, Any]] = []  # what the structural steps of the recipe found, in their order
     plain: bool = False  # transformers loads it without this package
-    training: dict[str, list[float]] = {}  # what was trained after solving (a block, "model") → error on held-out windows before and after
+    training: dict[str, list[float]] = {}  # what was trained (a block, "model", "healing") → error on held-out windows before and after; curves
 
 
 def sha256(tensor: Tensor) -> str:
@@ -305,9 +306,30 @@ class Writer:
         return manifest
 
 
+def totals(headers: dict[str, dict], parameters: int, source_bytes: int, planned_bytes: int | None = None) -> dict[str, float]:
+    """The manifest's totals, from the shards' headers. parameters: of the whole model; planned_bytes None: there was no plan that could differ."""
+    layers = [r for h in headers.values() for r in h["layers"].values()]
+    stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize
+                 for h in headers.values() for t in h["tensors"].values() if t["shard"] != PROBE)  # fmt: skip
+    linear_parameters, linear_bytes = sum(r["parameters"] for r in layers), sum(r["bytes"] for r in layers)
+    return {"parameters": parameters, "linear_parameters": linear_parameters, "bytes": stored, "linear_bytes": linear_bytes,
+            "source_bytes": source_bytes, "linear_bits": 8 * linear_bytes / linear_parameters if layers else 8 * stored / parameters,
+            "model_bits": 8 * stored / parameters, "planned_bytes": stored if planned_bytes is None else planned_bytes}  # fmt: skip
+
+
+def strictly(strict: bool, fallbacks: list[dict]) -> None:
+    """Raises CompressError on any fallback, where that was asked for."""
+    if strict and fallbacks:
+        first = fallbacks[0]
+        raise CompressError(f"--strict: {first['what']} at {first['where']} ({first['detail']})"
+                            + (f" and {len(fallbacks) - 1} more" if len(fallbacks) > 1 else "") + "; finished blocks are kept: "
+                            "run again without --strict to accept it")  # fmt: skip
+
+
 def _ours(name: str, known: set[str]) -> bool:
     """Is a file in an output folder one that a run wrote? Notes and results that a user put beside them are not removed."""
-    patterns = ("block-?????.safetensors", "outer-?????.safetensors", "distilled.safetensors", "*.tmp", *COMPANIONS)
+    patterns = ("block-?????.safetensors", "outer-?????.safetensors", "teacher-?????.safetensors", "distilled.safetensors", "healing.safetensors", "*.tmp",
+                *COMPANIONS)  # fmt: skip
     return name in known | {MANIFEST, INDEX, PROBE, "config.json"} or any(fnmatchcase(name, p) for p in patterns)
 
 
@@ -323,7 +345,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CompressError(f"{folder}: no such folder")
     if not file.is_file():
         if (folder / PARTIAL).is_file():
-            raise CompressError(f"{folder}: an unfinished run: give the same `compress run` command again to finish it")
+            raise CompressError(f"{folder}: an unfinished run: give the same command again to finish it")
         raise CompressError(f"{folder}: not an artifact: {MANIFEST} is missing")
     try:
         data = json.loads(file.read_text())

@@ -101,8 +101,7 @@ def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help
     report = api.run(model, recipe, calibration, output, settings=set_, samples=samples, seqlen=seqlen, seed=seed, pack=pack,
                      chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite, uniform=uniform,
                      trust_remote_code=trust_remote_code)  # fmt: skip
-    out.print(str(report), highlight=False, soft_wrap=True)
-    _fallbacks(report.fallbacks)
+    _healed(report)
     out.print(f"next: compress verify {output} && compress eval {output} --reference {model}", highlight=False, soft_wrap=True)
     save(json_, report.to_json())
 
@@ -110,6 +109,44 @@ def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help
 def _fallbacks(fallbacks) -> None:
     for f in fallbacks:
         out.print(f"fallback: {f.what} at {f.where} ×{f.count}: {f.detail}", style="yellow", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def heal(path: Annotated[str, typer.Argument(help="An artifact, or a checkpoint with blocks or channels removed")],
+         teacher: Annotated[str, typer.Option(help="The original model")],
+         output: Annotated[str, typer.Option("--output", "-o", help="Folder of the healed artifact")],
+         data: Annotated[str, typer.Option("--data", help=f"Text to train on, a SPEC: {', '.join(SPECS)}")] = "stdlib",
+         steps: Annotated[int, typer.Option(min=0, help="Optimizer steps")] = 300,
+         samples: Annotated[int, typer.Option(min=2, help="Windows of the text")] = 512,
+         seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window")] = 512,
+         train: Annotated[str, typer.Option(help="lora: adapters; scales: scales of integer groups; norms with both")] = "lora",
+         set_: Annotated[list[str] | None, typer.Option("--set", help="Any other option of docs/methods.md, heal: rank=32 (repeatable)")] = None,
+         cache: Annotated[str | None, typer.Option(help="Keep the teacher's answers in this folder; default OUT.teacher, removed at the end")] = None,
+         seed: Seed = 0, pack: Annotated[bool, typer.Option("--pack/--documents", help="Fill windows across documents, or one document a window")] = True,
+         chat_template: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template to `messages`")] = False,
+         device: Device = "auto", dtype: DType = "auto",
+         strict: Annotated[bool, typer.Option("--strict", help="Fail on any fallback")] = False,
+         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
+         trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Train adapters or scales of a compressed model towards the original: quality back. Interrupted? Give the same command again.
+
+    compress heal out --teacher Qwen/Qwen3-0.6B --data wikitext2 --steps 1000 -o healed
+    """
+    options = [f"steps={steps}", f"samples={samples}", f"seqlen={seqlen}", f"train={train}", *(set_ or [])]
+    report = api.heal(path, teacher, data, output, options=options, cache=cache, seed=seed, pack=pack, chat_template=chat_template, device=device, dtype=dtype,
+                      strict=strict, overwrite=overwrite, trust_remote_code=trust_remote_code)  # fmt: skip
+    if api.PartialState().is_main_process:
+        _healed(report)
+        out.print(f"next: compress verify {output} && compress eval {output} --reference {teacher}", highlight=False, soft_wrap=True)
+        save(json_, report.to_json())
+
+
+def _healed(report: api.Report) -> None:
+    out.print(str(report), highlight=False, soft_wrap=True)
+    if "healing" in report.manifest.training:
+        before, after = report.manifest.training["healing"]
+        out.print(f"healed: held-out KL to the original {before:.5f} → {after:.5f} nats a token, {1 - after / before:.0%} won back", highlight=False)
+    _fallbacks(report.fallbacks)
 
 
 @app.command(name="eval")

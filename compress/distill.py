@@ -21,7 +21,7 @@ from .errors import CompressError
 from .experts import unfuse_experts
 from .formats import Format, IntGroup, build
 from .linear import get_weight, set_weight
-from .trained import Trained, place
+from .trained import Trained, place, vectors
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def distill(options: Distill, model: nn.Module, blocks: str, formats: dict[str, 
     trained = {path: Trained(f, get_weight(model.get_submodule(path)), getattr(model.get_submodule(path), "bias", None))
                for path, f in formats.items() if isinstance(f, IntGroup)}  # fmt: skip
     model.requires_grad_(False)
-    norms = {name: p for name, p in model.named_parameters()
-             if name.startswith(blocks + ".") and p.dim() == 1 and name.rpartition(".")[0] not in formats}  # fmt: skip
+    norms = vectors(model, blocks, formats)
     for path in formats:
         set_weight(model.get_submodule(path), formats[path].dequantize())
     batch = max(1, options.batch_tokens // tokens.shape[1])

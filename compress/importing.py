@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artifact import PROBE, LayerRecord, Manifest, Writer
+from .artifact import PROBE, LayerRecord, Manifest, Writer, totals
 from .checkpoint import Checkpoint, Entry, read_headers
 from .errors import CompressError
 from .export import awq, compressed_tensors, gptq
@@ -119,12 +119,6 @@ def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:
         probe.advance(block)
     stem = PROBE.removesuffix(".safetensors")
     headers[stem] = writer.commit(stem, {"tokens": probe.tokens, "logits": next(probe.logits())[:, -kept:].float()}, {}, [])
-    records = [r for h in headers.values() for r in h["layers"].values()]
-    stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize
-                 for h in headers.values() for t in h["tensors"].values() if t["shard"] != PROBE)  # fmt: skip
     parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
-    linear, nbytes = sum(r["parameters"] for r in records), sum(r["bytes"] for r in records)
-    totals = {"parameters": parameters, "linear_parameters": linear, "bytes": stored, "linear_bytes": nbytes,
-              "source_bytes": sum(e.nbytes for e in read_headers(source.path).values()), "linear_bits": 8 * nbytes / linear,
-              "model_bits": 8 * stored / parameters, "planned_bytes": stored}  # fmt: skip
-    return writer.finish(headers, source.path, source.changes, source.blocks_path, totals, __version__)
+    sizes = totals(headers, parameters, sum(e.nbytes for e in read_headers(source.path).values()))
+    return writer.finish(headers, source.path, source.changes, source.blocks_path, sizes, __version__)

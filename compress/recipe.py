@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from .checkpoint import Checkpoint
 from .distill import Distill
 from .errors import CompressError
+from .healing.options import Heal
 from .methods import METHODS
 from .scaling import BLOCKS
 from .schedule import Schedule
@@ -73,6 +74,7 @@ class Recipe(BaseModel):
     distill: Distill | None = None  # at the end, train scales, norms and rounding of the whole model on the KL divergence
     generated: int = Field(0, ge=0)  # windows of text that the model writes itself, added to the calibration text
     schedule: Schedule | None = None  # layers give up more or less than each step says, together the same
+    heal: Heal | None = None  # after all that, train adapters or scales of the finished artifact on the divergence from the original
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
     views: tuple[Named, ...] = ()  # exact rewritings of the model, applied in this order as its tensors are read
     blocks: tuple[Named, ...] = ()  # what is done to each block before its linears are compressed
@@ -124,15 +126,8 @@ class Recipe(BaseModel):
 
     def with_options(self, settings: list[str] | dict[str, Any]) -> Recipe:
         """The recipe with options replaced: `gptq.bits=3` sets it on every gptq step, `true_sequential=false` on the recipe itself."""
-        if isinstance(settings, dict):
-            pairs = list(settings.items())
-        else:
-            bad = [s for s in settings if "=" not in s]
-            if bad:
-                raise CompressError(f"--set {bad[0]}: expected METHOD.OPTION=VALUE, e.g. gptq.bits=3")
-            pairs = [(k.strip(), _value(k, v)) for k, v in (s.split("=", 1) for s in settings)]
         data = self.model_dump()
-        for key, value in pairs:
+        for key, value in _pairs(settings, "METHOD.OPTION=VALUE, e.g. gptq.bits=3"):
             method, _, option = key.rpartition(".")
             if not method:
                 known = ("ignore", "generated", "true_sequential", "views", "blocks", "transforms", "structure")
@@ -140,7 +135,7 @@ class Recipe(BaseModel):
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value
                 continue
-            if method in ("tune", "distill", "schedule"):
+            if method in ("tune", "distill", "schedule", "heal"):
                 data[method] = (data[method] or {}) | {option: value}
                 continue
             if method in STRUCTURE and any(method == e or method in e for e in data["structure"]):
@@ -187,6 +182,19 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: node.value if ":" in node.value else loader.construct_yaml_int(node))
+
+
+def healing(settings: list[str] | dict[str, Any]) -> Heal:
+    """The options of `compress heal` from `rank=32` and the like. Raises CompressError on unknown names and bad values."""
+    return _build("heal", "heal", dict(_pairs(settings, "OPTION=VALUE, e.g. rank=32")), {"heal": Heal})
+
+
+def _pairs(settings: list[str] | dict[str, Any], form: str) -> list[tuple[str, Any]]:
+    if isinstance(settings, dict):
+        return list(settings.items())
+    if bad := [s for s in settings if "=" not in s]:
+        raise CompressError(f"--set {bad[0]}: expected {form}")
+    return [(k.strip(), _value(k, v)) for k, v in (s.split("=", 1) for s in settings)]
 
 
 def _value(key: str, text: str) -> Any:

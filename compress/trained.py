@@ -8,7 +8,7 @@ nearly another are the first to change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +51,17 @@ class Trained(nn.Module):
         s = self.base * self.log_s.exp()
         return Straight.apply(s, s.detach().to(self.start.scales.dtype).float())
 
+    def matrix(self) -> Tensor:
+        """fp32 [out, in], with a gradient."""
+        return ((Straight.apply(self.p, self.codes()) - self.zero) * self.scale()).flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
-        W = ((Straight.apply(self.p, self.codes()) - self.zero) * self.scale()).flatten(1)
-        return F.linear(x, W.to(x.dtype), self.bias)
+        return F.linear(x, self.matrix().to(x.dtype), self.bias)
 
     @torch.no_grad()
     def weight(self) -> IntGroup:
         """What has been learned, ready to be stored."""
-        zeros = None if self.start.zeros is None else self.zero[..., 0].to(torch.uint8)
+        zeros = self.start.zeros if self.start.zeros is None or self.start.zeros.is_floating_point() else self.zero[..., 0].to(torch.uint8)
         return IntGroup.pack(self.codes().flatten(1).to(torch.uint8), self.scale()[..., 0].to(self.start.scales.dtype), zeros,
                              self.start.bits_per_code, self.start.levels)  # fmt: skip
 
@@ -91,6 +94,12 @@ class Values(nn.Module):
 def floats(weight: Format) -> bool:
     """Is it for `Values` to train? An IntGroup is `Trained`; Dense is a weight that nothing was done to."""
     return not isinstance(weight, (IntGroup, Dense)) and any(t.is_floating_point() for t in weight.tensors().values())
+
+
+def vectors(model: nn.Module, blocks: str, linears: Container[str]) -> dict[str, nn.Parameter]:
+    """The vectors of the blocks by name, biases of the compressed linears apart: weights and biases of norms, and whatever else is one number a channel."""
+    return {name: p for name, p in model.named_parameters()
+            if name.startswith(blocks + ".") and p.dim() == 1 and name.rpartition(".")[0] not in linears}  # fmt: skip
 
 
 def place(parent: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:

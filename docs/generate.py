@@ -4,6 +4,7 @@ from pathlib import Path
 
 from compress import recipe
 from compress.distill import Distill
+from compress.healing.options import Heal
 from compress.methods import METHODS, describe
 from compress.scaling import BLOCKS
 from compress.schedule import Schedule
@@ -22,7 +23,8 @@ prints the methods.
 
 TRAINING = """# Training
 
-A recipe's `tune:` and `distill:` train what the methods made, the first block by block, the second at the end (`--set tune.steps=200`).
+A recipe's `tune:` and `distill:` train what the methods made, the first block by block, the second at the end (`--set tune.steps=200`); `heal:` trains the
+finished artifact, as `compress heal` does ([healing.md](healing.md)).
 """
 
 SMALLER = """# Structure
@@ -51,7 +53,8 @@ A block step edits a block exactly before anything in it is rounded; a recipe li
 def page() -> str:
     cell = lambda value: str(value).replace("|", "\\|")
     lines: list[str] = []
-    for head, table in ((HEAD, METHODS), (SMALLER, STRUCTURE), (TRAINING, {"tune": Tune, "distill": Distill}), (SCHEDULES, {"schedule": Schedule}),
+    training = {"tune": Tune, "distill": Distill, "heal": Heal}
+    for head, table in ((HEAD, METHODS), (SMALLER, STRUCTURE), (TRAINING, training), (SCHEDULES, {"schedule": Schedule}),
                         (VIEW, VIEWS), (BLOCK, BLOCKS)):  # fmt: skip
         lines.append(head)
         for method in describe(table):

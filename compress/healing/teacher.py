@@ -1,0 +1,105 @@
+"""Teacher: what the original says of every training token, asked once, block by block, and kept on disk.
+
+    for each block { load → all windows through it → keep hidden states where a loss wants them };   head → the k likeliest tokens and their log-probabilities
+
+So teacher and student are never in memory together, and an epoch costs no forward of the teacher: k = 64 takes 384 bytes a token. The folder is a
+Writer's like that of an artifact: a shard a batch of windows, committed by one rename, hashed, refused where it belongs to another teacher or other data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..artifact import Writer
+from ..calibration.data import CalibrationSet
+from ..calibration.hidden import allocate
+from ..checkpoint import Checkpoint
+from ..errors import CompressError
+from ..stream import Stream
+from ..walk import sites_of
+from .losses import likeliest
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Which windows lie in which file: `batch` windows a shard, in order."""
+
+    folder: str
+    windows: int
+    batch: int
+
+    @cached_property
+    def shards(self) -> list[str]:
+        return [f"teacher-{i:05d}" for i in range(-(-self.windows // self.batch))]
+
+    def __call__(self, rows: list[int], device: torch.device | str) -> dict[str, Tensor]:
+        """ids and log_p [b, t, k], and whatever else was kept, for these windows."""
+        read: dict[str, list[Tensor]] = {}
+        for row in rows:
+            with safe_open(f"{self.folder}/{self.shards[row // self.batch]}.safetensors", framework="pt") as f:
+                for key in f.keys():  # noqa: SIM118
+                    read.setdefault(key, []).append(f.get_slice(key)[row % self.batch : row % self.batch + 1])
+        return {key: torch.cat(pieces).to(device) for key, pieces in read.items()}
+
+
+def remember(teacher: Checkpoint, writer: Writer, lessons: Lessons, data: CalibrationSet, *, top_k: int, layers: list[int], relation: bool,
+             device: str) -> None:  # fmt: skip
+    """Fill the writer's folder. `layers`: blocks whose output is kept; relation: also what the last block's attention makes of its input."""
+    missing = {shard for shard in lessons.shards if writer.header(shard) is None}
+    if not missing:
+        return
+    stream = Stream(teacher, data.tokens, data.mask, batch=lessons.batch, device=device, folder=writer.folder.parent)
+    kept: dict[str, Tensor] = {}
+    heard: dict[str, list[Tensor]] = {}
+    for i in range(teacher.num_blocks):
+        block = teacher.load_block(i, device)
+        if relation and i == teacher.num_blocks - 1:
+            for path in sites_of(teacher, block, stream)[0].linears:  # what reads the attention's input: queries, keys, values, or all in one
+                block.get_submodule(path).register_forward_hook(lambda module, args, y, key=f"relation.{path}": heard.setdefault(key, []).append(y.cpu()))
+        stream.advance(block)
+        if i in layers:
+            kept[f"hidden.{i}"] = allocate(tuple(stream.hidden.shape), stream.hidden.dtype, writer.folder.parent).copy_(stream.hidden)
+    kept |= {key: torch.cat(pieces) for key, pieces in heard.items()}
+    for shard, rows, logits in zip(lessons.shards, stream.batches(), stream.logits(), strict=True):
+        if shard in missing:
+            ids, log_p = likeliest(logits, top_k)
+            writer.commit(shard, {"ids": ids, "log_p": log_p} | {key: t[rows].contiguous() for key, t in kept.items()}, {}, [])
+
+
+def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: str) -> list[int]:
+    """For each block of the student the block of the teacher whose output it should reproduce.
+
+    Block by block where there are as many; else the increasing assignment, the last to the last, with the least sum of relative distances between
+    the hidden states [n, t, width] of `tokens` (a dynamic programme): whichever blocks were dropped, it finds those that are left.
+    """
+    depth, all_of = student.num_blocks, teacher.num_blocks
+    if depth == all_of:
+        return list(range(depth))
+    if depth > all_of:
+        raise CompressError(f"{student.name} has {depth} blocks, its teacher {teacher.name} only {all_of}; give the model that it was made of")
+    ours, theirs = _states(student, tokens, device), _states(teacher, tokens, device)
+    if ours[0].shape != theirs[0].shape:
+        raise CompressError(f"{student.name} is {ours[0].shape[-1]} wide, {teacher.name} {theirs[0].shape[-1]}: hidden states cannot be compared; use relation")
+    cost = torch.tensor([[float((a - b).square().mean() / b.square().mean()) for b in theirs] for a in ours], dtype=torch.float64)
+    best, came = cost[0].clone(), []
+    for row in cost[1:]:
+        before, at = best.cummin(0)  # the best end at a block up to this one
+        came.append(torch.cat([at[:1], at[:-1]]))
+        best = row + torch.cat([torch.full((1,), torch.inf, dtype=torch.float64), before[:-1]])
+    ends = [all_of - 1]
+    for at in reversed(came):
+        ends.append(int(at[ends[-1]]))
+    return ends[::-1]
+
+
+def _states(source: Checkpoint, tokens: Tensor, device: str) -> list[Tensor]:
+    stream, states = Stream(source, tokens, device=device), []
+    for i in range(source.num_blocks):
+        stream.advance(source.load_block(i, device))
+        states.append(stream.hidden.float().clone())
+    return states

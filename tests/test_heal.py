@@ -1,0 +1,343 @@
+"""pytest tests/test_heal.py — healing: adapters are no-ops at first and come out in the format's own form; losses; a kill; what it wins back."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+import compress
+from compress.calibration.statistics import Stats
+from compress.checkpoint import Checkpoint
+from compress.embedded import model_path
+from compress.errors import CompressError
+from compress.formats import Dense, Masked, Product, Scaled, Sparse24, Sum
+from compress.healing.adapters import LowRank, learner
+from compress.healing.losses import LEAST, distance, divergence, likeliest, relation
+from compress.healing.options import Heal
+from compress.healing.teacher import matched
+from compress.methods import RTN
+
+RANDOM = lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+KEEP = (RANDOM(24, 16, 4, seed=5).argsort(-1) < 2).view(24, 64)  # 2 of every 4
+HALF = RANDOM(24, 64, seed=6) > 0
+
+
+def int4(out=24, n=64):
+    return RTN(bits=4, group_size=16)(RANDOM(out, n), Stats(torch.eye(n)), stored=torch.bfloat16)
+
+
+def dense(*shape, dtype=torch.float32):
+    return Dense(RANDOM(*shape, seed=2).to(dtype))
+
+
+FORMATS = {
+    "dense": lambda: dense(24, 64),
+    "masked": lambda: Masked.pack(HALF, dense(1, int(HALF.sum()))),
+    "2of4": lambda: Sparse24.pack(KEEP, dense(24, 32), 2, 4),
+    "2of4 int4": lambda: Sparse24.pack(KEEP, int4(24, 32), 2, 4),
+    "product": lambda: Product((dense(24, 8), dense(8, 64))),
+    "int4": int4,
+    "int4 + rank 4": lambda: Sum((int4(), Product((dense(24, 4), dense(4, 64))))),
+    "scaled int4": lambda: Scaled(int4(), RANDOM(64).abs()),
+    "scaled dense": lambda: Scaled(dense(24, 64), RANDOM(64).abs()),
+}
+KEPT = {"int4", "scaled int4", "2of4 int4"}  # nothing in them can take an adapter up
+
+
+def made(name, **options):
+    f = FORMATS[name]()
+    return f, learner(f, Heal(rank=4, **options), dtype=torch.float32, kept_as=torch.float32, generator=torch.Generator().manual_seed(0), known={})
+
+
+def stirred(module):
+    """Every learning tensor moved by something."""
+    with torch.no_grad():
+        for i, p in enumerate(p for p in module.parameters() if p.requires_grad):
+            p += 0.1 * RANDOM(*p.shape, seed=10 + i)
+    return module
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_untrained_nothing_changes_and_trained_it_is_what_is_stored(name, merge, bounded):
+    f, module = made(name, merge=merge, bounded=bounded)
+    x = RANDOM(5, 64, seed=3)
+    torch.testing.assert_close(module(x), F.linear(x, f.dequantize()), rtol=1e-5, atol=1e-5)
+    assert torch.equal(module.weight().dequantize(), f.dequantize())
+    stored = stirred(module).weight()
+    torch.testing.assert_close(module(x), F.linear(x, stored.dequantize()), rtol=1e-4, atol=1e-4)
+    assert (stored.nbytes() > f.nbytes()) == (name in KEPT or not merge)
+    assert isinstance(stored, Sum if name in KEPT or not merge else type(f))
+
+
+@pytest.mark.parametrize("name, keep", [("masked", HALF), ("2of4", KEEP)])
+def test_zeros_stay_and_get_no_gradient(name, keep):
+    f, module = made(name)
+    low_rank = module.change
+    x = RANDOM(7, 64, seed=3)
+    module(x).square().sum().backward()
+    W = f.dequantize().requires_grad_()
+    F.linear(x, W).square().sum().backward()
+    torch.testing.assert_close(low_rank.B.grad, low_rank.scale * (W.grad * keep) @ low_rank.A.detach().T, rtol=1e-4, atol=1e-4)
+    stored = stirred(module).weight()
+    assert torch.equal(stored.keep(), keep) and not stored.dequantize()[~keep].any() and not torch.equal(stored.dequantize(), f.dequantize())
+
+
+def test_frozen_without_a_copy_has_the_gradient_of_the_dense_weight():
+    f, module = made("int4", bounded=True)
+    assert module.frozen.W is None
+    x = RANDOM(5, 64, seed=3).requires_grad_()
+    module(x).sin().sum().backward()
+    other = x.detach().clone().requires_grad_()
+    F.linear(other, f.dequantize()).sin().sum().backward()
+    torch.testing.assert_close(x.grad, other.grad)
+
+
+@pytest.mark.parametrize("name", ["int4", "2of4 int4", "int4 + rank 4", "scaled int4"])
+def test_scales_learn_and_codes_stay(name):
+    f, module = made(name, train="scales")
+    x = RANDOM(5, 64, seed=3)
+    torch.testing.assert_close(module(x), F.linear(x, f.dequantize()), rtol=1e-5, atol=1e-5)
+    assert {n.rpartition(".")[2] for n, p in module.named_parameters() if p.requires_grad} == {"log_s"}
+    stored = stirred(module).weight()
+    torch.testing.assert_close(module(x), F.linear(x, stored.dequantize()), rtol=1e-4, atol=1e-4)
+    assert stored.nbytes() == f.nbytes()
+    for key, t in f.tensors().items():
+        assert torch.equal(stored.tensors()[key], t) != key.endswith("scales")
+
+
+def test_low_rank_against_the_product():
+    low_rank = stirred(LowRank((24, 64), 100, 8.0, torch.float32, torch.Generator().manual_seed(0), torch.device("cpu")))
+    assert low_rank.A.shape == (24, 64)  # no more rank than there is
+    x = RANDOM(3, 64)
+    torch.testing.assert_close(low_rank(x), x @ (8 / 24 * low_rank.B @ low_rank.A).T, rtol=1e-4, atol=1e-4)
+
+
+# ---- losses
+
+
+def test_divergence_over_all_tokens_is_the_divergence_and_over_some_a_lower_bound():
+    teacher, student = 3 * RANDOM(2, 5, 40), 3 * RANDOM(2, 5, 40, seed=1)
+    p, q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
+    full = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(divergence(*likeliest(teacher, 40), student).double(), full, rtol=0, atol=0.02)  # log-probabilities are kept in fp16
+    last = torch.zeros_like(full)
+    for k in (1, 4, 16, 39):
+        ids, log_p = likeliest(teacher, k)
+        some = divergence(ids, log_p, student).double()
+        a = log_p.double().exp()
+        b = q.gather(-1, ids.long()).exp()
+        rest_a, rest_b = (1 - a.sum(-1)).clamp(min=0), (1 - b.sum(-1)).clamp(min=LEAST)
+        slow = (a * (a / b).log()).sum(-1) + torch.special.xlogy(rest_a, rest_a) - rest_a * rest_b.log()
+        torch.testing.assert_close(some, slow, rtol=1e-4, atol=1e-4)
+        assert (some <= full + 0.02).all() and (some >= last - 0.02).all()
+        last = some
+        assert divergence(ids, log_p, teacher).abs().max() < 3e-3
+
+
+def test_divergence_sees_mass_that_moves_into_the_tail():
+    teacher = torch.tensor([4.0, 3.0, 0.0, 0.0, 0.0])
+    student = torch.tensor([4.0, 3.0, 2.0, 2.0, 2.0], requires_grad=True)
+    kl = divergence(*likeliest(teacher, 2), student)
+    kl.backward()
+    assert kl > 0.1 and (student.grad[2:] > 0).all()
+
+
+def test_relation_against_a_loop_and_zero_for_itself():
+    x, y = RANDOM(2, 6, 8), RANDOM(2, 6, 4, seed=1)
+    found = relation(y, x, 2)
+    for b in range(2):
+        for t in range(6):
+            total = 0.0
+            for h in range(2):
+                r, s = ((z[b, : t + 1].view(t + 1, 2, -1)[:, h] @ z[b, t].view(2, -1)[h] / (z.shape[-1] / 2) ** 0.5).double().log_softmax(0) for z in (x, y))
+                total += float((r.exp() * (r - s)).sum()) / 2
+            assert found[b, t].item() == pytest.approx(total, abs=1e-5)
+    assert relation(x, x, 4).abs().max() == 0 and distance(x, x).abs().max() == 0
+    y.requires_grad_()
+    relation(y, x, 2).sum().backward()
+    assert torch.isfinite(y.grad).all()
+
+
+# ---- whole
+
+
+SMALL = {"samples": 40, "seqlen": 64, "batch": 4, "micro": 2, "every": 5, "steps": 10, "warmup": 2, "rank": 8, "lr": 5e-3}
+QUIET = {"show": False, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    """The embedded model rounded to 2 bits."""
+    out = tmp_path_factory.mktemp("heal") / "bad"
+    compress.run(model_path(), {"name": "rtn2", "steps": [{"method": "rtn", "bits": 2, "group_size": 64}]}, "stdlib", out, **QUIET)
+    return out
+
+
+def heal(path, out, teacher=None, dtype="auto", **options):
+    return compress.heal(str(path), str(teacher or model_path()), "stdlib", out, options=SMALL | options, dtype=dtype, **QUIET)
+
+
+def test_it_wins_back_and_keeps_adapters_over_integers(bad, tmp_path, capsys):
+    report = heal(bad, tmp_path / "a", checkpointing=True, bounded=True)
+    before, after = report.manifest.training["healing"]
+    assert after < 0.95 * before and len(report.manifest.training["healing loss"]) == 10 and report.fallbacks == []
+    kl = lambda path: compress.evaluate(str(path), model_path(), "stdlib", samples=6, seqlen=64, show=False)["kl"]["mean"]
+    assert kl(tmp_path / "a") < 0.95 * kl(bad)
+    assert compress.verify(str(tmp_path / "a")).problems == []
+    records = report.manifest.layers.values()
+    assert all(r.method == "rtn + heal" and r.describe.startswith("int2 g64 asym + rank 8") and r.error_norm == "healing" for r in records)
+    assert not (tmp_path / "a" / "healing.safetensors").exists() and not (tmp_path / "a.teacher").exists()
+    assert report.manifest.run["recipe"]["name"] == "rtn2-heal"
+    plain = heal(bad, tmp_path / "b")  # the two options above spend time for memory and change nothing
+    assert plain.manifest.training["healing loss"] == pytest.approx(report.manifest.training["healing loss"], rel=1e-3)
+
+
+def test_scales_alone_and_all_losses(bad, tmp_path):
+    report = heal(bad, tmp_path / "a", train="scales", hidden=0.5, relation=0.5, layers=2)
+    before, after = report.manifest.training["healing"]
+    assert after < before and {r.describe for r in report.manifest.layers.values()} == {"int2 g64 asym"}
+    assert compress.verify(str(tmp_path / "a")).ok
+
+
+def test_no_steps_are_undone_and_told(bad, tmp_path):
+    report = heal(bad, tmp_path / "a", steps=0)
+    assert [f.what for f in report.fallbacks] == ["healing undone"]
+    same = {n: t.sha256 for n, t in compress.inspect(str(bad)).tensors.items() if n not in ("tokens", "logits")}
+    assert {n: t.sha256 for n, t in report.manifest.tensors.items() if n not in ("tokens", "logits")} == same
+    assert compress.verify(str(tmp_path / "a")).ok
+    with pytest.raises(CompressError, match="--strict: healing undone"):
+        compress.heal(str(bad), model_path(), "stdlib", tmp_path / "b", options=SMALL | {"steps": 0}, strict=True, **QUIET)
+
+
+@pytest.fixture(scope="module")
+def dropped(tmp_path_factory):
+    """The embedded model without its second block, as plain transformers save it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path_factory.mktemp("dropped") / "model"
+    model = AutoModelForCausalLM.from_pretrained(model_path())
+    del model.model.layers[1]
+    model.config.num_hidden_layers -= 1
+    if getattr(model.config, "layer_types", None):
+        del model.config.layer_types[1]
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(out)
+    return out
+
+
+def test_a_plain_checkpoint_with_a_block_removed(dropped, tmp_path):
+    blocks = Checkpoint(str(model_path())).num_blocks
+    tokens = torch.arange(32)[None]
+    assert matched(Checkpoint(str(dropped), dtype=torch.float32), Checkpoint(str(model_path()), dtype=torch.float32), tokens, "cpu") == [0, *range(2, blocks)]
+    report = heal(dropped, tmp_path / "a", hidden=0.1, layers=2)
+    before, after = report.manifest.training["healing"]
+    assert after < before and report.manifest.layers == {}
+    assert compress.verify(str(tmp_path / "a")).ok
+    compress.export(str(tmp_path / "a"), "dense", tmp_path / "plain")
+    healed, plain = compress.load(str(tmp_path / "a"), policy="dense"), compress.load(str(tmp_path / "plain"))
+    assert torch.equal(healed(tokens).logits, plain(tokens).logits)
+    with pytest.raises(CompressError, match=f"has {blocks} blocks, its teacher .* only {blocks - 1}"):
+        heal(model_path(), tmp_path / "b", teacher=dropped, hidden=1.0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_other_architectures(name, tmp_path):
+    tiny.save_tiny(name, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(Path(os.__file__).read_text())
+    for recipe in ("sparse-2of4", "svd-20", "w2-hqq"):
+        compress.run(str(tmp_path / "model"), recipe, f"file:{tmp_path / 'text.txt'}", tmp_path / recipe, samples=8, seqlen=32, **QUIET,
+                     settings={"hqq.group_size": 32} if recipe == "w2-hqq" else {})  # fmt: skip
+        report = compress.heal(str(tmp_path / recipe), str(tmp_path / "model"), f"file:{tmp_path / 'text.txt'}", tmp_path / f"{recipe}-heal",
+                               options=SMALL | {"seqlen": 32, "relation": 0.1, "lr": 1e-3, "scale_lr": 1e-3}, **QUIET)  # fmt: skip
+        before, after = report.manifest.training["healing"]
+        assert after <= before and compress.verify(str(tmp_path / f"{recipe}-heal")).problems == []
+        if recipe == "svd-20":  # a factor that linears share is still stored once; kept adapters leave it where it was, a level down
+            was = compress.inspect(str(tmp_path / recipe))
+            assert report.manifest.totals["bytes"] == was.totals["bytes"] and {n: r.shared for n, r in report.manifest.layers.items()} == {
+                n: r.shared for n, r in was.layers.items()}  # fmt: skip
+            compress.heal(str(tmp_path / recipe), str(tmp_path / "model"), f"file:{tmp_path / 'text.txt'}", tmp_path / "kept",
+                          options=SMALL | {"seqlen": 32, "merge": False}, **QUIET)  # fmt: skip
+            assert compress.verify(str(tmp_path / "kept")).problems == []
+
+
+def test_one_command_for_a_recipe_that_heals(tmp_path):
+    recipe = {"name": "rtn2-heal", "steps": [{"method": "rtn", "bits": 2, "group_size": 64}], "heal": SMALL | {"steps": 5}}
+    report = compress.run(model_path(), recipe, "stdlib", tmp_path / "a", samples=4, seqlen=64, settings={"heal.rank": 4}, **QUIET)
+    before, after = report.manifest.training["healing"]
+    assert after < before and report.manifest.run["recipe"]["name"] == "rtn2-heal" and report.manifest.run["heal"]["options"]["rank"] == 4
+    assert compress.inspect(str(tmp_path / "a.unhealed")).training == {}
+
+
+# ---- kill -9
+
+
+def command(bad, out):
+    settings = [f"--set={k}={v}" for k, v in SMALL.items() if k not in ("steps", "samples", "seqlen")]
+    return [sys.executable, "-m", "compress", "heal", str(bad), "--teacher", str(model_path()), "-o", str(out), "--samples", "40", "--seqlen", "64",
+            "--steps", "20", *settings, "--device", "cpu"]  # fmt: skip
+
+
+def test_killed_it_resumes_with_the_same_curve_and_the_same_bytes(bad, tmp_path, capsys):
+    whole = heal(bad, tmp_path / "whole", steps=20)
+    out = tmp_path / "killed"
+    for state in (1, 2):  # once among the teacher's answers or shortly after, once after a state was saved
+        process = subprocess.Popen(command(bad, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        moment = (lambda: (tmp_path / "killed.teacher").is_dir()) if state == 1 else (lambda: (out / "healing.safetensors").exists())
+        while process.poll() is None and not moment():
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert process.returncode == -signal.SIGKILL and not (out / "compress.json").exists()
+    resumed = lambda: compress.heal(str(bad), str(model_path()), "stdlib", out, options=SMALL | {"steps": 20}, device="cpu")
+    report = resumed()
+    assert "resumed at" in capsys.readouterr().err
+    assert report.manifest.training == whole.manifest.training and len(whole.manifest.training["healing loss"]) == 20
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
+    resumed()
+    assert "healing" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_step(bad, tmp_path):
+    one = heal(bad, tmp_path / "one", steps=20, dtype="float32")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command(bad, tmp_path / "two")[1:], "--dtype", "float32"]
+    said = subprocess.run(launch, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("won back") == 1 and compress.verify(str(tmp_path / "two")).ok
+    two = compress.inspect(str(tmp_path / "two")).training
+    assert two["healing loss"] == pytest.approx(one.manifest.training["healing loss"], rel=1e-3)
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"rank": 0}, "rank 0 is below 1"), ({"held_out": 1.0}, "held_out 1.0 lies outside"), ({"ranks": 3}, "did you mean rank"),
+    ({"train": "all"}, "train = 'all'"), ({"kl": 0}, "kl must be more"), ({"batch": 64}, "a batch of 64 windows, 1 processes, 40 windows of which 2"),
+])  # fmt: skip
+def test_what_is_refused(options, said, bad, tmp_path):
+    with pytest.raises(CompressError, match=said):
+        heal(bad, tmp_path / "a", **options)
+
+
+def test_another_vocabulary_and_another_run(bad, tmp_path):
+    tiny.save_tiny("llama", tmp_path / "other")
+    with pytest.raises(CompressError, match="not a compressed version of it"):
+        heal(bad, tmp_path / "a", teacher=tmp_path / "other")
+    heal(bad, tmp_path / "b", steps=1)
+    with pytest.raises(CompressError, match=r"heal.options.lr: 0.005 → 0.002"):
+        heal(bad, tmp_path / "b", steps=1, lr=0.002)
+
+
+def test_a_loss_that_is_not_finite(bad, tmp_path):
+    with pytest.raises(CompressError, match="not finite at step"):
+        heal(bad, tmp_path / "a", lr=1e30, scale_lr=1e30, warmup=0)
