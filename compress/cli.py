@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import api, demo, recipe
+from .allocate import CONSUMERS, MENUS
 from .artifact import PARTIAL
 from .calibration.data import SPECS
 from .errors import CompressError
@@ -102,6 +103,42 @@ def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help
     _fallbacks(report.fallbacks)
     out.print(f"next: compress verify {output} && compress eval {output} --reference {model}", highlight=False, soft_wrap=True)
     save(json_, report.to_json())
+
+
+@app.command()
+def auto(model: Model, output: Annotated[str, typer.Option("--output", "-o", help="Folder of the artifact")],
+         size_: Annotated[str | None, typer.Option("--size", help="Budget: bytes of the whole artifact, e.g. 4GB")] = None,
+         bits: Annotated[float | None, typer.Option(help="Budget: bits per weight of the linears, scales included, e.g. 3.5")] = None,
+         calibration: Annotated[str, typer.Option("--calibration", "-c", help=f"SPEC: {', '.join(SPECS)}")] = "stdlib",
+         consumer: Annotated[str, typer.Option("--for", help=f"What is to load it: {', '.join(CONSUMERS)}")] = "ours",
+         menu: Annotated[str | None, typer.Option(help=f"Other choices: {', '.join(MENUS)}, or a YAML file with a list of steps")] = None,
+         plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before compressing: the plan, the recipe and the curve")] = False,
+         samples: Samples = 128, seqlen: Seqlen = 512, seed: Seed = 0,
+         windows: Annotated[int, typer.Option(min=1, help="Calibration windows on which divergences are measured")] = 8,
+         rounds: Annotated[int, typer.Option(min=0, help="Times that every layer's next step is measured where it would be taken")] = 1,
+         tries: Annotated[int, typer.Option(min=0, help="Pairs of layers that may trade bits, each judged by the true KL")] = 32,
+         device: Device = "auto", dtype: DType = "auto", strict: Annotated[bool, typer.Option("--strict", help="Fail on any fallback")] = False,
+         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
+         trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Spend a budget of bytes on the layers that need it: measures what each choice does to each layer, then runs the best mixture.
+
+    compress auto Qwen/Qwen3-0.6B --bits 3.5 -o out -c wikitext2      |      compress auto MODEL --size 4GB -o out --for vllm --plan-only
+    """
+    a = api.auto(model, calibration, output, size=size_, bits=bits, consumer=consumer, menu=menu, samples=samples, seqlen=seqlen, seed=seed,
+                 windows=windows, rounds=rounds, tries=tries, plan_only=plan_only, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
+                 trust_remote_code=trust_remote_code)  # fmt: skip
+    table = Table("group", "linears", "format", "bits", "bytes", "KL alone")
+    for g in a.groups:
+        table.add_row(g["name"], str(g["linears"]), g["format"], f"{g['bits']:.3f}", str(g["bytes"]), f"{g['damage']:.2e}")
+    out.print(table)
+    out.print(f"{a.bits:.3f} bits a weight, {size(a.nbytes)} of {size(a.budget)} for the linears; KL on {windows} calibration windows: predicted "
+              f"{a.predicted:.5f}, measured {a.before:.5f}, after the search {a.kl:.5f} ({a.trials} trials)"
+              + (f", of the artifact {a.artifact_kl:.5f}" if a.report else ""), highlight=False, soft_wrap=True)  # fmt: skip
+    if a.report:
+        out.print(str(a.report), highlight=False, soft_wrap=True)
+        _fallbacks(a.report.fallbacks)
+    out.print(f"written: {output}.plan.json, {output}.recipe.yaml (compress run -r takes it), {output}.pareto.png", highlight=False, soft_wrap=True)
+    save(json_, a.to_json())
 
 
 def _fallbacks(fallbacks) -> None:

@@ -16,6 +16,7 @@ import torch
 from .arch import LINEARS, routers, table_entry
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
+from .export.planned import consumers
 from .recipe import Recipe, nearest
 from .walk import STATS_LIMIT
 
@@ -48,6 +49,7 @@ class Plan:
     disk: int  # bytes the artifact takes
     seconds: float  # estimate on this machine
     warnings: tuple[str, ...] = field(default=())
+    consumers: dict[str, str] = field(default_factory=dict)  # `export --to` → "" where it will hold the result, else why not
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -70,7 +72,7 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True) -> Plan:
     """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
     samples += recipe.generated
-    rows, states_kept = [], 3  # hidden states, and what one finished part of a block and the input of the next linear keep beside them
+    rows, formats, states_kept = [], {}, 3  # hidden states, and what one finished part of a block and the input of the next linear keep beside them
     work, tokens, n_max = 0.0, samples * seqlen, 0
     block_work: dict[int, set[int]] = {}
     for name, i, (m, n) in linears(source):
@@ -79,7 +81,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
             rows.append(PlannedLayer(name, (m, n), None, str(stored)[6:], m * n * stored.itemsize, m * n * stored.itemsize))
             continue
         method = step.build()
-        fmt = method.planned((m, n), stored, name)
+        formats[name] = fmt = method.planned((m, n), stored, name)
         rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * stored.itemsize, fmt.nbytes()))
         if method.needs or recipe.blocks:
             n_max = max(n_max, n)
@@ -118,7 +120,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
                 max((2 + twice) * block_bytes + states + working, outer + states, trained + states), after + (8 << 20),
-                _seconds(source, work, before) if timed else 0.0, tuple(warnings))  # fmt: skip
+                _seconds(source, work, before) if timed else 0.0, tuple(warnings), consumers(source, formats))  # fmt: skip
 
 
 def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...]) -> list[str]:
