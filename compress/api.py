@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, fingerprint, r
 from .calibration.data import CalibrationSet, load_calibration
 from .calibration.guidance import token_weights
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
+from .diagnose import Diagnosis
+from .diagnose import diagnose as _diagnose
 from .errors import CompressError
 from .eval import compare as _compare
 from .export import Exported
@@ -213,6 +216,22 @@ def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str |
         allocate.draw(found, beside("pareto.png"))
     write_json(beside("plan.json"), found.to_json())
     return found
+
+
+def diagnose(model: str, calibration: str | CalibrationSet = "stdlib", *, samples: int = 32, seqlen: int = 512, seed: int = 0, windows: int = 4,
+             device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, show: bool = True) -> Diagnosis:  # fmt: skip
+    """Which layers are sensitive, which have outliers, and what to try (diagnose.py). windows: of the text, on which divergences are measured.
+
+    Nothing is written. Raises CompressError on bad input.
+    """
+    device = _device(device)
+    source = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
+    data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
+        calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, model=_whole(source) if calibration == "self" else None)  # fmt: skip
+    _fits(data, source.config, _vocabulary(source), model)
+    with tempfile.TemporaryDirectory() as folder:
+        return _diagnose(source, data.tokens, data.mask, windows=windows, batch=max(1, BATCH_TOKENS // data.tokens.shape[1]), device=device,
+                         folder=Path(folder), watch=lambda todo, what: progress.steps(todo, what, show))  # fmt: skip
 
 
 def _weights(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor | None]:

@@ -141,6 +141,36 @@ def auto(model: Model, output: Annotated[str, typer.Option("--output", "-o", hel
     save(json_, a.to_json())
 
 
+@app.command()
+def diagnose(model: Model, calibration: Annotated[str, typer.Option("--calibration", "-c", help=f"SPEC: {', '.join(SPECS)}")] = "stdlib",
+             samples: Samples = 32, seqlen: Seqlen = 512, seed: Seed = 0,
+             windows: Annotated[int, typer.Option(min=1, help="Windows on which divergences are measured")] = 4,
+             device: Device = "auto", dtype: DType = "auto", trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Which layers are sensitive at 4, 3 and 2 bits, which have outliers, and what to try, with figures.
+
+    compress diagnose Qwen/Qwen3-0.6B -c wikitext2 --json diagnosis.json
+    """
+    d = api.diagnose(model, calibration, samples=samples, seqlen=seqlen, seed=seed, windows=windows, device=device, dtype=dtype,
+                     trust_remote_code=trust_remote_code)  # fmt: skip
+    table = Table("inputs of", "kurtosis", "max-norm", "loudest/median", "dead", "weights' kurtosis", title="what the linears read")
+    for s in d.sites:
+        table.add_row(s.name, f"{s.kurtosis:.1f}", f"{s.max_norm:.2f}", f"{s.loudest:.1f}", str(s.dead), f"{s.weight_kurtosis:.1f}")
+    out.print(table)
+    table = Table("behind", "excess kurtosis", "max-norm", "massive tokens", "influence", title="the residual stream")
+    for b in d.blocks:
+        table.add_row(b.name, f"{b.excess:.2f}", f"{b.max_norm:.2f}", str(b.massive), f"{b.influence:.3f}")
+    out.print(table)
+    table = Table("group", "weights", "4 bits", "3 bits", "2 bits", "share at 3 bits", title="KL of the whole model with this alone compressed, nats a token")
+    for r in d.sensitivity:
+        cells = [f"{r['damage'][k]:.2e}" if k in r["damage"] else "–" for k in (4, 3, 2)]
+        table.add_row(r["name"], f"{r['parameters'] / 1e6:.2f} M", *cells, f"{r['damage'].get(3, 0) / d.total[3]:.1%}")
+    table.add_row("all (sum)", "", *(f"{d.total[k]:.2e}" for k in (4, 3, 2)), "")
+    out.print(table)
+    for n, line in enumerate(d.advice, 1):
+        out.print(f"{n}. {line}", highlight=False, soft_wrap=True)
+    save(json_, d.to_json())
+
+
 def _fallbacks(fallbacks) -> None:
     for f in fallbacks:
         out.print(f"fallback: {f.what} at {f.where} ×{f.count}: {f.detail}", style="yellow", highlight=False, soft_wrap=True)
