@@ -21,6 +21,6 @@ from .version import __version__
 eval = evaluate
 
 __all__ = [
-    "CompressError", "Recipe", "Report", "Step", "__version__", "auto", "diagnose", "eval", "evaluate", "export", "import_checkpoint", "inspect", "load", "plan",
-    "run", "verify",
+    "CompressError", "Recipe", "Report", "Step", "__version__", "auto", "diagnose", "eval", "evaluate", "export", "import_checkpoint", "inspect", "load",
+    "plan", "run", "verify",
 ]  # fmt: skip
