@@ -202,7 +202,8 @@ def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str |
         cache.mkdir(parents=True, exist_ok=True)
     batch, watch = max(1, BATCH_TOKENS // data.tokens.shape[1]), lambda todo, what: progress.steps(todo, what, show)
     groups = allocate.survey(source, chosen, Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=cache), cache, watch)
-    judge = Judge(source, data.tokens[:windows], None if data.mask is None else data.mask[:windows], batch=batch, device=device, folder=cache)
+    exact = Checkpoint(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    judge = Judge(exact, data.tokens[:windows], None if data.mask is None else data.mask[:windows], batch=batch, device=device, folder=cache)
     found = allocate.allocate(source, chosen, groups, judge, budget, cache / f"kl-{windows}.json", consumer=consumer, rounds=rounds, tries=tries, watch=watch)
     if chosen.export and (refused := preflight.make(source, found.recipe, timed=False).consumers[chosen.export]):
         raise CompressError(f"{model}: {chosen.export}, which {consumer} reads, cannot hold it: {refused}")
