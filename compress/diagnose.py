@@ -144,8 +144,8 @@ def diagnose(source: Checkpoint, tokens: Tensor, mask: Tensor | None, *, windows
     group_size = next((g for g in (128, 64, 32) if all(n % g == 0 for n in widths)), -1)
     menu = Menu(tuple({"method": "gptq", "bits": b, "group_size": group_size} for b in (2, 3, 4)), fused=True)
     groups = survey(source, menu, stream(), folder, watch)
-    judge = Judge(Checkpoint(source.name, dtype=torch.float32, trust_remote_code=source.trust_remote_code), tokens[:windows], None if mask is None else mask[:windows],
-                  batch=batch, device=device, folder=folder)  # fmt: skip
+    exact = Checkpoint(source.name, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
+    judge = Judge(exact, tokens[:windows], None if mask is None else mask[:windows], batch=batch, device=device, folder=folder)
     probe(groups, judge, folder / "kl.json", watch)
     sizes = {g.name: sum(judge.originals[p].numel() for p in g.linears) for g in groups}
     rows = [{"name": g.name, "parameters": sizes[g.name], "damage": {c.step["bits"]: c.damage for c in g.choices if c.step}} for g in groups]
