@@ -78,11 +78,14 @@ class Report:
 
 
 def plan(model: str, recipe: str | dict | _recipe.Recipe = "w4-gptq", *, settings: list[str] | dict | None = None, samples: int = 128,
-         seqlen: int = 512, dtype: str = "auto", trust_remote_code: bool = False) -> Plan:  # fmt: skip
-    """What `run` would make and cost: bytes (exact), RAM and time (estimates), layer by layer. Reads headers only."""
+         seqlen: int = 512, dtype: str = "auto", probe: bool = False, trust_remote_code: bool = False) -> Plan:  # fmt: skip
+    """What `run` would make and cost: bytes (exact), RAM and time (estimates), layer by layer, and who could load it. Reads headers only;
+    probe=True also solves one real layer with each of the recipe's methods, for a better time."""
     chosen = _recipe.load(recipe).with_options(settings or [])
-    source = chosen.viewed(Checkpoint(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code))
-    return preflight.make(source, chosen, samples=samples, seqlen=seqlen)
+    source = Checkpoint(model, trust_remote_code=trust_remote_code, headers_only=True)
+    source.dtype = _computed(dtype, source.stored_dtype, "cpu")
+    source = chosen.viewed(source)
+    return preflight.make(source, chosen, samples=samples, seqlen=seqlen, probe=probe)
 
 
 def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", calibration: str | CalibrationSet = "stdlib", output: str | Path = "out", *,
@@ -373,11 +376,14 @@ def _named(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _dtype(dtype: str, model: str, device: str) -> torch.dtype | None:
+def _dtype(dtype: str, model: str, device: str) -> torch.dtype:
+    return _named(dtype) if dtype != "auto" else _computed(dtype, dominant_dtype(read_headers(resolve(model))), device)
+
+
+def _computed(dtype: str, stored: torch.dtype, device: str) -> torch.dtype:
     """auto: the checkpoint's own precision where the device computes in it at speed, else float32."""
     if dtype != "auto":
         return _named(dtype)
-    stored = dominant_dtype(read_headers(resolve(model)))
     if torch.device(device).type != "cpu":
         return stored
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -63,12 +63,13 @@ def duration(seconds: float) -> str:
 
 @app.command()
 def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, samples: Samples = 128, seqlen: Seqlen = 512, dtype: DType = "auto",
+         probe: Annotated[bool, typer.Option("--probe", help="Solve one real layer with each method, for a better estimate of the time")] = False,
          trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """What a run would make and cost, before an hour is spent: bytes, RAM, disk, time, layer by layer.
 
     compress plan Qwen/Qwen3-0.6B --recipe w4-gptq
     """
-    p = api.plan(model, recipe, settings=set_, samples=samples, seqlen=seqlen, dtype=dtype, trust_remote_code=trust_remote_code)
+    p = api.plan(model, recipe, settings=set_, samples=samples, seqlen=seqlen, dtype=dtype, probe=probe, trust_remote_code=trust_remote_code)
     table = Table("layer", "shape", "method", "format", "before", "after", "bits")
     for r in p.layers:
         table.add_row(r.name, f"{r.shape[0]}×{r.shape[1]}", r.method or "kept", r.describe, size(r.bytes_before), size(r.bytes_after), f"{r.bits:.3f}")
@@ -77,6 +78,8 @@ def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, sa
               f"{p.model_bits:.2f} over all {p.parameters / 1e6:.1f} M parameters", highlight=False)  # fmt: skip
     out.print(f"peak RAM about {size(p.peak_ram)} above the interpreter, disk {size(p.disk)}, time about {duration(p.seconds)} on this machine",
               highlight=False)  # fmt: skip
+    for to, reason in p.consumers.items():
+        out.print(f"{to}: {'loads it' if not reason else 'no: ' + reason}", highlight=False, markup=False, soft_wrap=True)
     for warning in p.warnings:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
     save(json_, p.to_json())

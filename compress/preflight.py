@@ -1,7 +1,8 @@
 """Plan: what a run will make and cost, from the configuration and the safetensors headers, before a weight is read.
 
 Bytes are exact: each method builds its format on the meta device and weighs it. Memory and time are estimates: the largest things that are
-resident together, and the floating-point work divided by what this machine does in a tenth of a second of matrix products.
+resident together, and the floating-point work divided by what this machine does in a tenth of a second of matrix products; or, with `probe`, by what it
+does when one real layer is solved by each method.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from fnmatch import fnmatchcase
 import torch
 
 from .arch import LINEARS, routers, table_entry
+from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .experts import unfuse_experts
 from .export.planned import consumers
-from .recipe import Recipe, nearest
+from .linear import get_weight
+from .recipe import Recipe, Step, nearest
 from .walk import STATS_LIMIT
 
 
@@ -69,11 +72,12 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
     return found
 
 
-def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True) -> Plan:
+def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True, probe: bool = False) -> Plan:
     """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
     samples += recipe.generated
     rows, formats, states_kept = [], {}, 3  # hidden states, and what one finished part of a block and the input of the next linear keep beside them
     work, tokens, n_max = 0.0, samples * seqlen, 0
+    solving: dict[int, dict[str, float]] = {}  # place of a step → layer → work
     block_work: dict[int, set[int]] = {}
     for name, i, (m, n) in linears(source):
         step, stored = recipe.step_for(name), source.dtype_of(f"{name}.weight")
@@ -83,10 +87,11 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         method = step.build()
         formats[name] = fmt = method.planned((m, n), stored, name)
         rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * stored.itemsize, fmt.nbytes()))
+        solving.setdefault(recipe.steps.index(step), {})[name] = solver_work(method, m, n)
         if method.needs or recipe.blocks:
             n_max = max(n_max, n)
             block_work.setdefault(i, set()).add(n)
-            work += 2.0 * n * n * (m + n / 3) + 6.0 * tokens * m * n  # solver; about three passes through the layer
+            work += 6.0 * tokens * m * n  # about three passes through the layer
     needs = frozenset[str]().union(*(step.build().needs for r in rows if r.method and (step := recipe.step_for(r.name))))
     twice = "cross" in needs or recipe.tune is not None or recipe.distill is not None  # the original model's states travel along
     work *= 1 + 0.6 * twice
@@ -120,7 +125,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
                 max((2 + twice) * block_bytes + states + working, outer + states, trained + states), after + (8 << 20),
-                _seconds(source, work, before) if timed else 0.0, tuple(warnings), consumers(source, formats))  # fmt: skip
+                _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings), consumers(source, formats))  # fmt: skip
 
 
 def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...]) -> list[str]:
@@ -129,9 +134,17 @@ def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...
     return [p for p in patterns if not any(fnmatchcase(r.name, p) for r in rows)]
 
 
-def _seconds(source: Checkpoint, work: float, nbytes: int) -> float:
-    if not work:
-        return nbytes / 2e8
+def solver_work(method, m: int, n: int) -> float:
+    """Floating-point operations of solving a layer [m, n], about: the column sweep, rounds of descent or gradient steps on H, the Viterbi search."""
+    option = lambda name: getattr(method, name, 0)
+    work = 20.0 * m * n * (1 + option("iterations") * ("hessian" not in method.needs))
+    if "hessian" in method.needs:
+        rounds = option("sweeps") * (1 + option("refits") + option("rounds")) + option("iterations") * max(1, option("rounds"))
+        work += 2.0 * n * n * (m + n / 3) + 2.0 * rounds * m * n * n
+    return work + 180.0 * 2 ** option("L") * m * n * bool(option("L"))
+
+
+def _seconds(source: Checkpoint, recipe: Recipe, work: float, nbytes: int, solving: dict[int, dict[str, float]], probe: bool) -> float:
     a = torch.ones(512, 512)
     a @ a
     start, rounds = time.perf_counter(), 0
@@ -139,4 +152,21 @@ def _seconds(source: Checkpoint, work: float, nbytes: int) -> float:
         a @ a
         rounds += 1
     rate = rounds * 2 * 512**3 / (time.perf_counter() - start)
-    return work / rate + nbytes / 2e8
+    pace = {k: _solve_one(source, recipe.steps[k], layers) if probe else 1 / rate for k, layers in solving.items()}
+    return work / rate + sum(pace[k] * sum(layers.values()) for k, layers in solving.items()) + nbytes / 2e8
+
+
+def _solve_one(source: Checkpoint, step: Step, layers: dict[str, float]) -> float:
+    """Seconds an operation of `solver_work`, from the largest layer of a step, solved with its own weights for inputs that are random but correlated."""
+    name = max(layers, key=lambda name: layers[name])
+    i = next(i for i in range(source.num_blocks) if name.startswith(source.block_name(i) + "."))
+    block, path = source.load_block(i), name.removeprefix(source.block_name(i) + ".")
+    W, generator = get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight")), torch.Generator().manual_seed(0)
+    x = torch.randn(2 * W.shape[1], W.shape[1], generator=generator)
+    x += x.mean(1, keepdim=True) + 0.5 * x.roll(1, 1)
+    stats = Stats.zeros(W.shape[1])
+    stats.add(x, x * 1.01)
+    stats.finish()
+    started = time.perf_counter()
+    step.build()(W, stats, stored=block.stored[f"{path}.weight"], where=name)
+    return (time.perf_counter() - started) / layers[name]
