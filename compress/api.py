@@ -82,7 +82,7 @@ def plan(model: str, recipe: str | dict | _recipe.Recipe = "w4-gptq", *, setting
     """What `run` would make and cost: bytes (exact), RAM and time (estimates), layer by layer, and who could load it. Reads headers only;
     probe=True also solves one real layer with each of the recipe's methods, for a better time."""
     chosen = _recipe.load(recipe).with_options(settings or [])
-    source = Checkpoint(model, trust_remote_code=trust_remote_code, headers_only=True)
+    source = Checkpoint(model, trust_remote_code=trust_remote_code, headers_only=not probe)
     source.dtype = _computed(dtype, source.stored_dtype, "cpu")
     source = chosen.viewed(source)
     return preflight.make(source, chosen, samples=samples, seqlen=seqlen, probe=probe)

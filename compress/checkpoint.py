@@ -81,9 +81,9 @@ def hub_headers(model: str) -> dict[str, Entry]:
     """The stored tensors of a hub id, from the first bytes of each of its safetensors files."""
     try:
         files = get_safetensors_metadata(model).files_metadata
+        return {name: Entry(file, SAFETENSORS_DTYPES[t.dtype], tuple(t.shape)) for file, f in files.items() for name, t in f.tensors.items()}
     except Exception as error:  # as above; and NotASafetensorsRepoError
         raise CompressError(f"{model}: its safetensors headers cannot be read from the hub ({type(error).__name__}: {str(error).splitlines()[0]})") from error
-    return {name: Entry(file, SAFETENSORS_DTYPES[t.dtype], tuple(t.shape)) for file, f in files.items() for name, t in f.tensors.items()}
 
 
 class Checkpoint:
