@@ -189,7 +189,7 @@ def test_auto_keeps_the_budget_and_its_recipe_is_an_ordinary_one(llama, text, tm
 
 
 def test_a_size_is_that_of_the_whole_artifact(llama, text, tmp_path):
-    size = 90_000
+    size = 100_000
     a = compress.auto(llama, text, tmp_path / "out", size=size, menu=MENU, dtype="float32", rounds=0, tries=0, show=False)
     assert 0.95 * size < a.report.manifest.totals["bytes"] <= size
 
@@ -266,3 +266,19 @@ def test_diagnose_finds_a_planted_channel_and_a_sensitive_layer(text, tmp_path):
     assert d.total[2] > d.total[3] > d.total[4] > 0 and len(d.sensitivity) == 2 * 4 and len(d.blocks) == 2 and all(0 < b.influence < 1 for b in d.blocks)
     json.dumps(d.to_json())
     assert preflight.linears(Checkpoint(str(tmp_path)))  # nothing was written into the model's folder
+
+
+# ---- the command line
+
+
+def test_auto_and_diagnose_on_the_command_line(llama, tmp_path, capsys):
+    from test_cli import main
+
+    (tmp_path / "text.txt").write_text("".join(chr(65 + i * i % 26) for i in range(4000)))
+    (tmp_path / "menu.yaml").write_text(yaml.safe_dump(MENU))
+    common = ("-c", f"file:{tmp_path / 'text.txt'}", "--samples", 4, "--seqlen", 32, "--json", tmp_path / "x.json")
+    assert main("auto", llama, "--bits", 3.5, "-o", tmp_path / "out", "--menu", tmp_path / "menu.yaml", "--tries", 2, *common) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["report"]["totals"]["linear_bits"] <= 3.5 and "after the search" in capsys.readouterr().out
+    assert main("diagnose", llama, *common) == 0
+    assert {"sites", "blocks", "sensitivity", "advice"} <= json.loads((tmp_path / "x.json").read_text()).keys()
+    assert main("auto", llama, "-o", tmp_path / "no", *common) == 1 and "give a budget" in capsys.readouterr().err
