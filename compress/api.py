@@ -85,7 +85,7 @@ def plan(model: str, recipe: str | dict | _recipe.Recipe = "w4-gptq", *, setting
     source = Checkpoint(model, trust_remote_code=trust_remote_code, headers_only=not probe)
     source.dtype = _computed(dtype, source.stored_dtype, "cpu")
     source = chosen.viewed(source)
-    return preflight.make(source, chosen, samples=samples, seqlen=seqlen, probe=probe)
+    return preflight.make(source, chosen, samples=samples, seqlen=seqlen, batch=max(1, BATCH_TOKENS // seqlen), probe=probe)
 
 
 def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", calibration: str | CalibrationSet = "stdlib", output: str | Path = "out", *,

@@ -21,7 +21,9 @@ from .experts import unfuse_experts
 from .export.planned import consumers
 from .linear import get_weight
 from .recipe import Recipe, Step, nearest
-from .walk import STATS_LIMIT
+from .walk import KEEP_LIMIT, STATS_LIMIT
+
+OVERHEAD = 220 << 20  # bytes: importing compress, reading the configuration and the text (torch 2.13, transformers 5.23)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True, probe: bool = False) -> Plan:
     """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
     samples += recipe.generated
-    rows, formats, states_kept = [], {}, 3  # hidden states, and what one finished part of a block and the input of the next linear keep beside them
+    rows, formats = [], {}
     work, tokens, n_max = 0.0, samples * seqlen, 0
     solving: dict[int, dict[str, float]] = {}  # place of a step → layer → work
     block_work: dict[int, set[int]] = {}
@@ -111,20 +113,25 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         block_bytes += block_bytes * 4 // source.dtype.itemsize
     outer = source.nbytes(source.outer_groups())
     width = source.model.get_input_embeddings().weight.shape[1]
-    states_kept += 3 * twice + (source.num_blocks + 1) * ("guidance" in needs)
-    states = states_kept * tokens * width * source.dtype.itemsize if n_max or twice else 0
+    # the hidden states, and what attention keeps; the inputs of a block's last linear; with guidance the states behind every block
+    states = (2 * (1 + twice) + (source.num_blocks + 1) * ("guidance" in needs)) * tokens * width * source.dtype.itemsize if n_max or twice else 0
+    by_block = [[r for r in rows if r.method and r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
+    last = max((tokens * r.shape[1] * source.dtype.itemsize for b in by_block for r in b[-1:] if ".experts." not in r.name), default=0)
+    states += (1 + twice) * last * (last <= KEEP_LIMIT)
     weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
-    by_block = [[r for r in rows if r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
-    experts = max(sum(4 * r.shape[1] ** 2 for r in block if r.method and ".experts." in r.name) for block in by_block) if by_block else 0
+    experts = max((sum(4 * r.shape[1] ** 2 for r in b if ".experts." in r.name) for b in by_block), default=0)
     if recipe.blocks:  # the Hessians of a whole block at once
-        experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in block}) for block in by_block), default=0)
-    working = (4 + twice) * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
-    working += batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
+        experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in b}) for b in by_block), default=0)
+    moments = (1 + ("cross" in needs)) * 4 * n_max * n_max + min(STATS_LIMIT, experts)
+    # a batch on its way through the widest part of the block, in the blocks' precision, and what is added to the moments, in fp32
+    passing = (1 + 0.9 * twice) * batch * seqlen * n_max * (4 * source.dtype.itemsize + 8)
+    solve = 4 * 4 * n_max * n_max + 5 * weight if n_max else 10 * weight  # half of what was passing has not been given back by then
+    working = moments + int(max(passing, passing / 2 + solve))
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
-                max((2 + twice) * block_bytes + states + working, outer + states, trained + states), after + (8 << 20),
+                OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states), after + (8 << 20),
                 _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings), consumers(source, formats))  # fmt: skip
 
 
