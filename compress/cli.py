@@ -76,8 +76,8 @@ def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, sa
     out.print(table)
     out.print(f"{p.model} with {p.recipe}: {size(p.bytes_before)} → {size(p.bytes_after)}, {p.linear_bits:.2f} bits per compressed weight, "
               f"{p.model_bits:.2f} over all {p.parameters / 1e6:.1f} M parameters", highlight=False)  # fmt: skip
-    out.print(f"peak RAM about {size(p.peak_ram)} above what importing torch and transformers takes, disk {size(p.disk)}, time about {duration(p.seconds)} on this machine",
-              highlight=False)  # fmt: skip
+    out.print(f"peak RAM about {size(p.peak_ram)} above what importing torch and transformers takes, disk {size(p.disk)}, time about "
+              f"{duration(p.seconds)} on this machine", highlight=False)  # fmt: skip
     for to, reason in p.consumers.items():
         out.print(f"{to}: {'loads it' if not reason else 'no: ' + reason}", highlight=False, markup=False, soft_wrap=True)
     for warning in p.warnings:

@@ -20,6 +20,7 @@ from .checkpoint import Checkpoint
 from .experts import unfuse_experts
 from .export.planned import consumers
 from .linear import get_weight
+from .methods.target import TargetOptions
 from .recipe import Recipe, Step, nearest
 from .walk import KEEP_LIMIT, STATS_LIMIT
 
@@ -78,7 +79,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
     samples += recipe.generated
     rows, formats = [], {}
-    work, tokens, n_max = 0.0, samples * seqlen, 0
+    work, tokens, n_max, solve = 0.0, samples * seqlen, 0, 0
     solving: dict[int, dict[str, float]] = {}  # place of a step → layer → work
     block_work: dict[int, set[int]] = {}
     for name, i, (m, n) in linears(source):
@@ -90,6 +91,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         formats[name] = fmt = method.planned((m, n), stored, name)
         rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * stored.itemsize, fmt.nbytes()))
         solving.setdefault(recipe.steps.index(step), {})[name] = solver_work(method, m, n)
+        solve = max(solve, solver_bytes(method, m, n))
         if method.needs or recipe.blocks:
             n_max = max(n_max, n)
             block_work.setdefault(i, set()).add(n)
@@ -118,15 +120,13 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     by_block = [[r for r in rows if r.method and r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
     last = max((tokens * r.shape[1] * source.dtype.itemsize for b in by_block for r in b[-1:] if ".experts." not in r.name), default=0)
     states += (1 + twice) * last * (last <= KEEP_LIMIT)
-    weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
     experts = max((sum(4 * r.shape[1] ** 2 for r in b if ".experts." in r.name) for b in by_block), default=0)
     if recipe.blocks:  # the Hessians of a whole block at once
         experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in b}) for b in by_block), default=0)
     moments = (1 + ("cross" in needs)) * 4 * n_max * n_max + min(STATS_LIMIT, experts)
     # a batch on its way through the widest part of the block, in the blocks' precision, and what is added to the moments, in fp32
     passing = (1 + 0.9 * twice) * batch * seqlen * n_max * (4 * source.dtype.itemsize + 8)
-    solve = 4 * 4 * n_max * n_max + 5 * weight if n_max else 10 * weight  # half of what was passing has not been given back by then
-    working = moments + int(max(passing, passing / 2 + solve))
+    working = moments + int(max(passing, passing / 2 + solve) if n_max else solve)  # half of what was passing has not been given back by then
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
@@ -149,6 +149,13 @@ def solver_work(method, m: int, n: int) -> float:
         rounds = option("sweeps") * (1 + option("refits") + option("rounds")) + option("iterations") * max(1, option("rounds"))
         work += 2.0 * n * n * (m + n / 3) + 2.0 * rounds * m * n * n
     return work + 180.0 * 2 ** option("L") * m * n * bool(option("L"))
+
+
+def solver_bytes(method, m: int, n: int) -> int:
+    """What a method takes beside the Hessian, about, as traced: fp32 copies of the weight [m, n], and with a Hessian factors of it [n, n]."""
+    if "hessian" not in method.needs:
+        return 40 * m * n
+    return 16 * n * n + 20 * m * n if isinstance(method, TargetOptions) else 24 * n * n + 32 * m * n
 
 
 def _seconds(source: Checkpoint, recipe: Recipe, work: float, nbytes: int, solving: dict[int, dict[str, float]], probe: bool) -> float:

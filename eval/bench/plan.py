@@ -56,8 +56,7 @@ def main() -> None:
     for name in a.models:
         model = build(name, a.folder)
         for recipe in a.recipes:
-            out = a.folder / "out"
-            shutil.rmtree(out, ignore_errors=True)
+            out = a.folder / f"out-{os.getpid()}"
             planned = compress.plan(str(model), recipe, samples=a.samples, seqlen=a.seqlen)
             used, stages = peak(RUN, "run", str(model), "-r", recipe, "-c", f"file:{model / 'calibration.txt'}", "-o", str(out), "--samples", str(a.samples),
                                 "--seqlen", str(a.seqlen))  # fmt: skip
@@ -65,6 +64,7 @@ def main() -> None:
             made = int(read_manifest(out).totals["bytes"])
             print(f"| {name} | {recipe} | {planned.bytes_after}, {made} | {planned.peak_ram / 1e6:.0f}, {(used - imports) / 1e6:.0f} | "
                   f"{planned.peak_ram / (used - imports):.2f} | {planned.seconds:.0f}, {stages[-1][1]:.0f} |", flush=True)  # fmt: skip
+            shutil.rmtree(out)
             if a.trace:
                 print(f"largest before `{line[:70]}`: {anonymous / 1e6:.0f} MB anonymous, {mapped / 1e6:.0f} MB mapped")
 
