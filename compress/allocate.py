@@ -392,8 +392,8 @@ class Allocation:
         return kept | {"recipe": self.recipe.model_dump(mode="json", exclude_defaults=True), "report": self.report and self.report.to_json()}
 
 
-def allocate(source: Checkpoint, menu: Menu, groups: list[Group], judge: Judge, budget: int, cache: Path, *, consumer: str = "ours", rounds: int = 1,
-             tries: int = 32, points: int = 4, watch: Watch) -> Allocation:  # fmt: skip
+def allocate(source: Checkpoint, menu: Menu, groups: list[Group], judge: Judge, budget: int, cache: Path, *, consumer: str = "ours", rounds: int = 0,
+             tries: int = 16, points: int = 4, watch: Watch) -> Allocation:  # fmt: skip
     """The allocation of least KL whose linears take at most `budget` bytes. Raises CompressError where the menu has none so small."""
     probe(groups, judge, cache, watch)
     if menu.uniform:

@@ -173,7 +173,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
 
 def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str | Path = "out", *, size: str | int | None = None,
          bits: float | None = None, consumer: str = "ours", menu: str | Path | list[dict] | None = None, samples: int = 128, seqlen: int = 512,
-         seed: int = 0, windows: int = 8, rounds: int = 1, tries: int = 32, plan_only: bool = False, device: str = "auto", dtype: str = "auto",
+         seed: int = 0, windows: int = 8, rounds: int = 0, tries: int = 16, plan_only: bool = False, device: str = "auto", dtype: str = "auto",
          strict: bool = False, overwrite: bool = False, trust_remote_code: bool = False, show: bool = True) -> Allocation:  # fmt: skip
     """Spend a budget where it counts (allocate.py), then `run` the recipe that comes of it.
 

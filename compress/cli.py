@@ -118,8 +118,8 @@ def auto(model: Model, output: Annotated[str, typer.Option("--output", "-o", hel
          plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before compressing: the plan, the recipe and the curve")] = False,
          samples: Samples = 128, seqlen: Seqlen = 512, seed: Seed = 0,
          windows: Annotated[int, typer.Option(min=1, help="Calibration windows on which divergences are measured")] = 8,
-         rounds: Annotated[int, typer.Option(min=0, help="Times that every layer's next step is measured where it would be taken")] = 1,
-         tries: Annotated[int, typer.Option(min=0, help="Pairs of layers that may trade bits, each judged by the true KL")] = 32,
+         rounds: Annotated[int, typer.Option(min=0, help="Times that every layer's next step is measured where it would be taken")] = 0,
+         tries: Annotated[int, typer.Option(min=0, help="Pairs of layers that may trade bits, each judged by the true KL")] = 16,
          device: Device = "auto", dtype: DType = "auto", strict: Annotated[bool, typer.Option("--strict", help="Fail on any fallback")] = False,
          overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
          trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
