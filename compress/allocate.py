@@ -107,12 +107,12 @@ def menu_for(consumer: str, steps: str | Path | Sequence[dict[str, Any]] | None 
 
 def smallest(source: Checkpoint, menu: Menu, shapes: dict[str, tuple[int, int]]) -> int:
     """Bytes that the linears take at least, from headers alone."""
-    total = 0
+    methods, total = [Step.model_validate(s).build() for s in menu.steps], 0
     for name, shape in shapes.items():
         sizes = [math.prod(shape) * source.dtype_of(f"{name}.weight").itemsize]
-        for step in menu.steps:
+        for method in methods:
             with suppress(CompressError):  # not a choice of this layer
-                sizes.append(Step.model_validate(step).build().planned(shape, source.dtype_of(f"{name}.weight"), name).nbytes())
+                sizes.append(method.planned(shape, source.dtype_of(f"{name}.weight"), name).nbytes())
         total += min(sizes)
     return total
 
@@ -410,6 +410,7 @@ def allocate(source: Checkpoint, menu: Menu, groups: list[Group], judge: Judge, 
     for bits in (low + (high - low) * j / (points - 1) for j in range(points)):
         j = max((j for j, c in enumerate(curve) if c["bits"] <= bits), default=0)
         curve[j]["measured"] = judge(weights_of(groups, front.picks[j].tolist()))
+    curve = [c for j, c in enumerate(curve) if "measured" in c or j % max(1, len(curve) // 200) == 0]
     picks = front.picks[at].tolist()
     judge.put(weights_of(groups, picks))
     before = judge({})
