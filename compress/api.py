@@ -208,7 +208,7 @@ def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str |
     exact = Checkpoint(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
     judge = Judge(exact, data.tokens[:windows], None if data.mask is None else data.mask[:windows], batch=batch, device=device, folder=cache)
     found = allocate.allocate(source, chosen, groups, judge, budget, cache / f"kl-{windows}.json", consumer=consumer, rounds=rounds, tries=tries, watch=watch)
-    if chosen.export and (refused := preflight.make(source, found.recipe, timed=False).consumers[chosen.export]):
+    if chosen.export and (refused := preflight.make(source, found.recipe).consumers[chosen.export]):
         raise CompressError(f"{model}: {chosen.export}, which {consumer} reads, cannot hold it: {refused}")
     if not plan_only:
         found.report = run(model, found.recipe, data, output, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, strict=strict,

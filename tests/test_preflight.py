@@ -14,6 +14,7 @@ import compress
 from compress import CompressError, preflight, recipe
 from compress.checkpoint import Checkpoint
 from compress.experts import unfuse_experts
+from compress.export import EXPORTS
 
 RTN32 = {"rtn.group_size": 32}  # the tiny models are 64 wide
 
@@ -150,7 +151,14 @@ def test_patterns_that_match_nothing_are_fallbacks_of_a_run(checkpoint, tmp_path
     assert not (tmp_path / "strict").exists()
 
 
-# ---- time, and the hub
+# ---- consumers, time, and the hub
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture_is_judged(name, checkpoint):
+    consumers = compress.plan(checkpoint(name), "w4-rtn", settings=RTN32 | {"rtn.sym": True}).consumers
+    assert consumers["dense"] == "" and set(consumers) == set(EXPORTS)
+    assert (consumers["compressed-tensors"] == "") == (name != "gpt2")
 
 
 def test_the_viterbi_search_and_a_probe_count(checkpoint):
