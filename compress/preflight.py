@@ -77,7 +77,9 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
 
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True, probe: bool = False) -> Plan:
     samples += recipe.generated
-    """Every layer's fate, and the totals; untimed, neither seconds nor consumers. Raises CompressError where a method cannot be applied to a layer it is meant for."""
+    """Every layer's fate, and the totals; `timed`, also seconds and consumers.
+
+    Raises CompressError where a method cannot be applied to a layer it is meant for."""
     rows, formats = [], {}
     work, tokens, n_max, solve = 0.0, samples * seqlen, 0, 0
     solving: dict[int, dict[str, float]] = {}  # place of a step → layer → work
@@ -132,7 +134,8 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
                 OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states), after + (8 << 20),
-                _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings), consumers(source, formats) if timed else {})  # fmt: skip
+                _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings),
+                consumers(source, formats) if timed else {})  # fmt: skip
 
 
 def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...]) -> list[str]:
