@@ -76,10 +76,10 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
 
 
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True, probe: bool = False) -> Plan:
-    samples += recipe.generated
     """Every layer's fate, and the totals; `timed`, also seconds and consumers.
 
     Raises CompressError where a method cannot be applied to a layer it is meant for."""
+    samples += recipe.generated
     rows, formats = [], {}
     work, tokens, n_max, solve = 0.0, samples * seqlen, 0, 0
     solving: dict[int, dict[str, float]] = {}  # place of a step → layer → work
