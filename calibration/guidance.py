@@ -1,14 +1,16 @@
-"""Guidance: how much each token of the calibration text matters to the end of the model, layer by layer.
+"""Guidance: how much each token of the calibration text, and each output, matters to the end of the model, layer by layer.
 
-    s_t = mean_j (∂L/∂y_tj)²          y = Wx the output of a linear,  L = −log p(sampled next token)
+    s_t = mean_j (∂L/∂y_tj)²,   a_j = mean_t (∂L/∂y_tj)²          y = Wx the output of a linear,  L = −log p(sampled next token)
 
 Weighing the Hessian's tokens by s, H = Σ_t s_t x_t x_tᵀ, makes a layer-wise solver spend its bits where an error would change what the model says
-(GuidedQuant, arXiv 2505.07004, with one group of outputs). Labels are sampled from the model itself, which makes L's curvature that of the KL
-divergence. One forward and one backward pass, a block at a time: the states between blocks are kept (on disk past a limit), activations never.
+(GuidedQuant, arXiv 2505.07004, with one group of outputs). a says the same of outputs: it decides where rows of a layer, or layers, compete (masks, low
+rank, schedules). Labels are sampled from the model itself, which makes L's curvature that of the KL divergence. One forward and one backward pass, a
+block at a time: the states between blocks are kept (on disk past a limit), activations never.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,8 +21,16 @@ from ..stream import Stream
 from . import hidden
 
 
-def token_weights(stream: Stream, seed: int = 0) -> list[dict[str, Tensor]]:
-    """For every block {path of a linear: s [tokens] fp32, mean 1}. `stream` stands in front of block 0 and is used up.
+@dataclass(frozen=True)
+class Guidance:
+    """What one linear's gradient says of its tokens and of its outputs."""
+
+    tokens: Tensor  # s [tokens] fp32, mean 1
+    outputs: Tensor  # [out] fp32, mean over tokens of (∂L/∂y_tj)²: comparable between layers
+
+
+def guide(stream: Stream, seed: int = 0) -> list[dict[str, Guidance]]:
+    """For every block {path of a linear: Guidance}. `stream` stands in front of block 0 and is used up.
 
     Linears that see other rows than the windows' tokens (routed experts) are left out.
     """
@@ -30,13 +40,15 @@ def token_weights(stream: Stream, seed: int = 0) -> list[dict[str, Tensor]]:
         states.append(hidden.allocate(tuple(stream.hidden.shape), stream.hidden.dtype, stream.folder).copy_(stream.hidden))
         stream.advance(source.load_block(i, device))
     gradient = _end(stream, seed)
-    weights: list[dict[str, Tensor]] = []
+    weights: list[dict[str, Guidance]] = []
     for i in reversed(range(source.num_blocks)):
         block = source.load_block(i, device)
-        found = {path: torch.zeros(stream.tokens.numel()) for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+        linears = [path for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        found = {path: torch.zeros(stream.tokens.numel()) for path in linears}
+        outputs: dict[str, Tensor] = {}
         for rows, (args, kwargs) in zip(stream.batches(), calls[i], strict=True):
             at = slice(rows.start * stream.tokens.shape[1], rows.start * stream.tokens.shape[1] + stream.tokens[rows].numel())
-            handles = [block.get_submodule(path).register_forward_hook(partial(_watch, found, path, at)) for path in found]
+            handles = [block.get_submodule(path).register_forward_hook(partial(_watch, found, outputs, path, at)) for path in found]
             with torch.enable_grad():
                 h = states[i][rows].to(device, copy=True).requires_grad_()
                 out = block(h, *args, **kwargs)
@@ -45,16 +57,18 @@ def token_weights(stream: Stream, seed: int = 0) -> list[dict[str, Tensor]]:
             for handle in handles:
                 handle.remove()
         states.pop()
-        weights.insert(0, {path: s / s.mean() for path, s in found.items() if torch.isfinite(s).all() and s.mean() > 0})
+        weights.insert(0, {path: Guidance(s / s.mean(), outputs[path] / len(s)) for path, s in found.items() if torch.isfinite(s).all() and s.mean() > 0})
     return weights
 
 
-def _watch(found: dict[str, Tensor], path: str, at: slice, module: nn.Module, args: tuple, y: Tensor) -> None:
+def _watch(found: dict[str, Tensor], outputs: dict[str, Tensor], path: str, at: slice, module: nn.Module, args: tuple, y: Tensor) -> None:
     def note(gradient: Tensor) -> None:
-        s = gradient.float().square().mean(-1).flatten().cpu()
+        g = gradient.float().square().flatten(0, -2)
+        s = g.mean(-1).cpu()
         if path in found:
             if len(s) == at.stop - at.start:
                 found[path][at] = s
+                outputs[path] = outputs.get(path, 0) + g.sum(0).cpu()
             else:
                 del found[path]
 

@@ -57,6 +57,7 @@ class Stats:
     dropped: int = 0  # tokens left out because a value was NaN or Inf
     total: float = 0.0  # the sum of their weights; the same number where tokens count alike
     missing: Tensor | None = None  # [out, n] fp32, (1/T) Σ_t d_t x_tᵀ with d what the residual stream already lacks where the layer adds to it
+    gradient: Tensor | None = None  # [out] fp32, mean over tokens of the squared gradient of the model's loss at each output of the linear that asks
     cross: Tensor | None = None  # [n, n] fp32, C; None where no method asked, or where the two streams cannot be matched
     means: dict[str, Tensor] = field(default_factory=dict)  # fp32: of "x" [n], and where they were given "original" [n] and "missing" [out]
     fallbacks: list[dict] = field(default_factory=list)

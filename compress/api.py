@@ -30,7 +30,7 @@ from . import recipe as _recipe
 from .allocate import Allocation
 from .artifact import MANIFEST, PARTIAL, PROBE, Manifest, Writer, fingerprint, read_manifest, write_json
 from .calibration.data import CalibrationSet, load_calibration
-from .calibration.guidance import token_weights
+from .calibration.guidance import guide
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .diagnose import Diagnosis
 from .diagnose import diagnose as _diagnose
@@ -41,7 +41,8 @@ from .export import write as _export
 from .formats import build
 from .judge import Judge
 from .linear import CompressedLinear
-from .preflight import Plan
+from .preflight import SCHEDULE_WINDOWS, Plan
+from .schedule import scheduled
 from .stream import Stream
 from .verification import Verification
 from .version import __version__
@@ -109,6 +110,8 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                  for p in preflight.unmatched(chosen, planned.layers)] + source.notes  # fmt: skip
     needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
     data = None
+    if chosen.schedule:
+        needs |= {"hessian"} | ({"gradient"} if chosen.schedule.by == "gradient" else set())
     if needs or chosen.tune or chosen.distill or chosen.transforms:
         data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
             calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template,
@@ -138,10 +141,18 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         _room(folder, planned.disk)
         generator = torch.Generator().manual_seed(seed)
         probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
-        enter = partial(Stream, source, data.tokens, data.mask, batch=batch, device=device, folder=folder.parent) if data else None
+        enter = partial(Stream, source, tokens=data.tokens, mask=data.mask, batch=batch, device=device, folder=folder.parent) if data else None
         stream = enter() if enter else None
         original = enter() if enter and ("cross" in needs or chosen.tune or chosen.distill) else None
-        guidance = token_weights(enter(), seed) if enter and "guidance" in needs else None
+        guidance = None
+        if enter and data:
+            few = partial(enter, tokens=data.tokens[:SCHEDULE_WINDOWS], mask=None if data.mask is None else data.mask[:SCHEDULE_WINDOWS])
+            if needs & {"guidance", "gradient"}:
+                guidance = guide(enter() if "guidance" in needs else few(), seed)
+            if chosen.schedule:
+                told = lambda what, where, detail: fallbacks.append({"what": what, "where": where, "count": 1, "detail": detail})
+                chosen = scheduled(chosen, source, few(), guidance, told)
+                planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)
         headers: dict[str, dict] = {}
         copy_outer(source, writer, headers)
         resumed = 0

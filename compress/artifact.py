@@ -49,6 +49,7 @@ class LayerRecord(Record):
     format: dict[str, Any]
     describe: str
     tensors: list[str]
+    shared: dict[str, str] = {}  # tensors that another layer of the block stores for both, by the name they have there
     bits: float  # per weight, scales and padding included
     bytes: int
     planned_bytes: int
@@ -56,6 +57,10 @@ class LayerRecord(Record):
     error: float  # tr[(Ŵ−W)H(Ŵ−W)ᵀ]/tr[WHWᵀ]; with no calibration H is the identity
     error_norm: str  # "hessian", "guided" (tokens weighed) or "identity"
     tokens: int  # calibration tokens that reached it
+
+    def places(self, layer: str) -> dict[str, str]:
+        """Every tensor of this layer's format by its full name on disk."""
+        return {t: f"{layer}.{t}" for t in self.tensors} | self.shared
 
 
 class TensorRecord(Record):

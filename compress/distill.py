@@ -55,12 +55,16 @@ def finish(options: Distill, writer: Writer, headers: dict[str, dict], whole: Ca
         return
     delta = writer.header(DELTA)
     if delta is None:
-        model, formats = whole(), {}
+        model = whole()
+        formats: dict[str, Format] = {}
         unfuse_experts(model)
         for s in shards:
             tensors = writer.read(s)
-            for layer, r in headers[s]["layers"].items():
-                formats[layer] = build(r["format"], {t: tensors.pop(f"{layer}.{t}") for t in r["tensors"]})
+            records = {layer: LayerRecord.model_validate(r) for layer, r in headers[s]["layers"].items()}
+            formats |= {layer: build(r.format, {t: tensors[name] for t, name in r.places(layer).items()}) for layer, r in records.items()}
+            for layer, r in records.items():
+                for t in r.tensors:
+                    del tensors[f"{layer}.{t}"]
             model.load_state_dict(tensors, strict=False)  # biases that were corrected
         made, norms, before, after = distill(options, model, blocks, formats, tokens, mask, teacher, seed=seed, watch=watch)
         learned = {f"{layer}.{t}": value for layer, f in made.items() for t, value in f.tensors().items()} | norms

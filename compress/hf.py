@@ -51,7 +51,7 @@ class CompressQuantizer(HfQuantizer):
 def empty(record_name: str, manifest: Manifest) -> Format:
     """The Format of a layer with its tensors on meta, as the manifest describes it."""
     record = manifest.layers[record_name]
-    described = {t: manifest.tensors[f"{record_name}.{t}"] for t in record.tensors}
+    described = {t: manifest.tensors[name] for t, name in record.places(record_name).items()}
     return build(record.format, {t: torch.empty(d.shape, dtype=getattr(torch, d.dtype), device="meta") for t, d in described.items()})
 
 
@@ -61,3 +61,7 @@ def prepare(model: torch.nn.Module, manifest: Manifest, prefix: str = "") -> Non
         unfuse_experts(model)  # artifacts hold experts one by one, compressed or not
     with torch.device("meta"):
         install(model, {name.removeprefix(prefix): empty(name, manifest) for name in manifest.layers if name.startswith(prefix)})
+    for name, record in manifest.layers.items():
+        for t, place in record.shared.items() if name.startswith(prefix) else ():
+            owner, _, key = place.rpartition(".")
+            model.get_submodule(name.removeprefix(prefix)).borrow(t, model.get_submodule(owner.removeprefix(prefix)), key)

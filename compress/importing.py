@@ -115,7 +115,7 @@ def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:
                 method="import", options={"from": source.method}, format=weight.meta(), describe=weight.describe(), tensors=list(weight.tensors()),
                 bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=weight.nbytes(), parameters=weight.shape[0] * weight.shape[1],
                 error=0.0, error_norm="identity", tokens=0)  # fmt: skip
-        headers[f"block-{i:05d}"] = writer.commit(f"block-{i:05d}", block_tensors(block, name, formats), layers, [])
+        headers[f"block-{i:05d}"] = writer.commit(f"block-{i:05d}", block_tensors(block, name, formats, layers), layers, [])
         probe.advance(block)
     stem = PROBE.removesuffix(".safetensors")
     headers[stem] = writer.commit(stem, {"tokens": probe.tokens, "logits": next(probe.logits())[:, -kept:].float()}, {}, [])

@@ -27,12 +27,20 @@ class CompressedLinear(nn.Module):
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.borrowed: dict[str, tuple[nn.Module, str]] = {}
         self.policy, self.memory = policy, memory
         self.cache: dict = {}  # what the chosen kernel prepared from the tensors; never saved
 
+    def borrow(self, name: str, owner: CompressedLinear, key: str) -> None:
+        """From now on tensor `name` is `key` of another layer, which stores it for both (a factor that two linears share)."""
+        delattr(self, name)
+        self.tensor_names.remove(name)
+        self.borrowed[name] = owner, key
+
     @property
     def format(self) -> Format:
-        return build(self.meta, {name: getattr(self, name) for name in self.tensor_names})
+        own = {name: getattr(self, name) for name in self.tensor_names}
+        return build(self.meta, own | {name: getattr(owner, key) for name, (owner, key) in self.borrowed.items()})
 
     def _apply(self, fn, recurse=True):
         """Moves between devices, but keeps the stored dtypes: .half() must not round scales that were rounded once already."""

@@ -17,14 +17,16 @@ import torch
 from .arch import LINEARS, routers, table_entry
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
+from .errors import CompressError
 from .experts import unfuse_experts
 from .export.planned import consumers
 from .linear import get_weight
-from .methods.target import TargetOptions
+from .methods import GPTQ, LNQ, TrellisCoding
 from .recipe import Recipe, Step, nearest
-from .walk import KEEP_LIMIT, STATS_LIMIT
+from .walk import KEEP_LIMIT, STATS_LIMIT, bundles, pieces
 
 OVERHEAD = 220 << 20  # bytes: importing compress, reading the configuration and the text (torch 2.13, transformers 5.23)
+SCHEDULE_WINDOWS = 32  # what outputs and layers count is an average over so many; only tokens that are weighed each need a gradient
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,26 @@ def linears(source: Checkpoint) -> list[tuple[str, int, tuple[int, int]]]:
     return found
 
 
+def bundled(source: Checkpoint, recipe: Recipe, found: list[tuple[str, int, tuple[int, int]]]) -> dict[str, dict[str, int]]:
+    """For every linear that is solved together with others, those and their rows. Raises CompressError where nothing says which read the same input."""
+    methods = {name: step.build() for name, _, _ in found if (step := recipe.step_for(name)) is not None}
+    together: dict[str, dict[str, int]] = {}
+    if not any(getattr(method, "joint", False) for method in methods.values()):
+        return together
+    if (arch := table_entry(source.model)) is None:
+        raise CompressError(f"{type(source.model).__name__} is not in the table of architectures, so a plan cannot know which of its linears read the same "
+                            "input; set joint to false, or add it to compress/arch.py")  # fmt: skip
+    rows = {name: shape[0] for name, _, shape in found}
+    for i in range(source.num_blocks):
+        block = copy.deepcopy(source.model.get_submodule(source.block_name(i)))
+        unfuse_experts(block)
+        for site in arch.sites_of(block):
+            paths = [path for p in site.linears if (path := f"{source.block_name(i)}.{p}") in methods]
+            for bundle in bundles(paths, methods):
+                together |= {path: {p: rows[p] for p in bundle} for path in bundle}
+    return together
+
+
 def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True, probe: bool = False) -> Plan:
     """Every layer's fate, and the totals; `timed`, also seconds and consumers.
 
@@ -84,14 +106,18 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     work, tokens, n_max, solve = 0.0, samples * seqlen, 0, 0
     solving: dict[int, dict[str, float]] = {}  # place of a step → layer → work
     block_work: dict[int, set[int]] = {}
-    for name, i, (m, n) in linears(source):
+    found = linears(source)
+    together = bundled(source, recipe, found)
+    for name, i, (m, n) in found:
         step, stored = recipe.step_for(name), source.dtype_of(f"{name}.weight")
         if step is None:
             rows.append(PlannedLayer(name, (m, n), None, str(stored)[6:], m * n * stored.itemsize, m * n * stored.itemsize))
             continue
-        method = step.build()
-        formats[name] = fmt = method.planned((m, n), stored, name)
-        rows.append(PlannedLayer(name, (m, n), step.method, fmt.describe(), m * n * stored.itemsize, fmt.nbytes()))
+        method, sizes = step.build(), together.get(name, {name: m})
+        parts, own = pieces(method.planned((sum(sizes.values()), n), stored, "+".join(sizes)), list(sizes.values()))
+        at = list(sizes).index(name)
+        formats[name] = parts[at]
+        rows.append(PlannedLayer(name, (m, n), step.method, parts[at].describe(), m * n * stored.itemsize, own[at][1]))
         solving.setdefault(recipe.steps.index(step), {})[name] = solver_work(method, m, n)
         solve = max(solve, solver_bytes(method, m, n))
         if method.needs or recipe.blocks:
@@ -99,6 +125,10 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
             block_work.setdefault(i, set()).add(n)
             work += 6.0 * tokens * m * n  # about three passes through the layer
     needs = frozenset[str]().union(*(step.build().needs for r in rows if r.method and (step := recipe.step_for(r.name))))
+    if recipe.schedule:
+        needs |= {"gradient"} if recipe.schedule.by == "gradient" else set()
+        work += sum(min(tokens, SCHEDULE_WINDOWS * seqlen) * 2.0 * r.shape[0] * r.shape[1] for r in rows if r.method)
+    guided = bool(needs & {"guidance", "gradient"})
     twice = "cross" in needs or recipe.tune is not None or recipe.distill is not None  # the original model's states travel along
     work *= 1 + 0.6 * twice
     work += sum(tokens * n * n * 1.2 for per in block_work.values() for n in per)  # Hessians, half of XᵀX
@@ -107,7 +137,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     kept = source.nbytes(list(source.groups.values())) + sum(source.entries[key].nbytes for key in source.unknown)  # a view may store a tied head
     after = kept - sum(r.bytes_before - r.bytes_after for r in compressed)
     solved = sum(r.shape[0] * r.shape[1] for r in compressed)
-    work += tokens * solved * (6.0 * ("guidance" in needs) + 8.0 * (recipe.distill.epochs if recipe.distill else 0))
+    work += tokens * solved * (6.0 * guided + 8.0 * (recipe.distill.epochs if recipe.distill else 0))
     work += 6.0 * solved * batch * seqlen * (recipe.tune.steps if recipe.tune else 0)
     parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
@@ -118,7 +148,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     outer = source.nbytes(source.outer_groups())
     width = source.model.get_input_embeddings().weight.shape[1]
     # the hidden states, and what attention keeps; the inputs of a block's last linear; with guidance the states behind every block
-    states = (2 * (1 + twice) + (source.num_blocks + 1) * ("guidance" in needs)) * tokens * width * source.dtype.itemsize if n_max or twice else 0
+    states = (2 * (1 + twice) + (source.num_blocks + 1) * guided) * tokens * width * source.dtype.itemsize if n_max or twice else 0
     by_block = [[r for r in rows if r.method and r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
     last = max((tokens * r.shape[1] * source.dtype.itemsize for b in by_block for r in b[-1:] if ".experts." not in r.name), default=0)
     states += (1 + twice) * last * (last <= KEEP_LIMIT)
@@ -130,7 +160,9 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     passing = (1 + 0.9 * twice) * batch * seqlen * n_max * (4 * source.dtype.itemsize + 8)
     working = moments + int(max(passing, passing / 2 + solve) if n_max else solve)  # half of what was passing has not been given back by then
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
+    late = ["ranks follow from the energy, once calibration has seen it: bytes are those of the recipe's ratio until then"]
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
+    warnings += late if recipe.schedule and recipe.schedule.energy else []
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 0.0, 8 * after / parameters,
                 OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states), after + (8 << 20),
@@ -158,7 +190,7 @@ def solver_bytes(method, m: int, n: int) -> int:
     """What a method takes beside the Hessian, about, as traced: fp32 copies of the weight [m, n], and with a Hessian factors of it [n, n]."""
     if "hessian" not in method.needs:
         return 40 * m * n
-    return 16 * n * n + 20 * m * n if isinstance(method, TargetOptions) else 24 * n * n + 32 * m * n
+    return 16 * n * n + 20 * m * n if isinstance(method, GPTQ | LNQ | TrellisCoding) else 24 * n * n + 32 * m * n
 
 
 def _seconds(source: Checkpoint, recipe: Recipe, work: float, nbytes: int, solving: dict[int, dict[str, float]], probe: bool) -> float:

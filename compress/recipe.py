@@ -30,6 +30,7 @@ from .distill import Distill
 from .errors import CompressError
 from .methods import METHODS
 from .scaling import BLOCKS
+from .schedule import Schedule
 from .tune import Tune
 from .views import VIEWS
 
@@ -68,6 +69,7 @@ class Recipe(BaseModel):
     tune: Tune | None = None  # train codes and scales of each block against the original block, after its linears are solved
     distill: Distill | None = None  # at the end, train scales, norms and rounding of the whole model on the KL divergence
     generated: int = Field(0, ge=0)  # windows of text that the model writes itself, added to the calibration text
+    schedule: Schedule | None = None  # layers give up more or less than each step says, together the same
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
     views: tuple[Named, ...] = ()  # exact rewritings of the model, applied in this order as its tensors are read
     blocks: tuple[Named, ...] = ()  # what is done to each block before its linears are compressed
@@ -122,7 +124,7 @@ class Recipe(BaseModel):
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value
                 continue
-            if method in ("tune", "distill"):
+            if method in ("tune", "distill", "schedule"):
                 data[method] = (data[method] or {}) | {option: value}
                 continue
             hit = [step for step in data["steps"] if step["method"] == method]
@@ -160,12 +162,17 @@ def _fields(built) -> dict[str, Any]:
     return {f.name: getattr(built, f.name) for f in dataclasses.fields(built)}
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 2:4 is the pattern that it looks like; to YAML 1.1 it is 2 minutes and 4 seconds."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: node.value if ":" in node.value else loader.construct_yaml_int(node))
+
+
 def _value(key: str, text: str) -> Any:
     """The value of `--set KEY=TEXT`, read as YAML: 3, true, 1e-2, [a, b]. Text that is no YAML (a glob pattern) stands for itself."""
-    if re.fullmatch(r"\d+:\d+", text):  # 2:4 is a pattern; to YAML 1.1 it is 2 minutes and 4 seconds
-        return text
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         if text.startswith(("[", "{", "!", "&")):
             raise CompressError(f"--set {key}={text}: not a value ({' '.join(str(error).split())[:100]})") from error
@@ -200,7 +207,7 @@ def load(recipe: str | Path | dict | Recipe) -> Recipe:
             raise CompressError(f"unknown recipe {str(recipe)!r}{nearest(recipe, names())}, or the path of a .yaml file")
         where = str(recipe)
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise CompressError(f"{where}: not a plain YAML recipe ({' '.join(str(error).split())[:160]})") from error
         if not isinstance(data, dict):

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .formats import IntGroup
+from .formats import Format, IntGroup, build
 
+FREE = ("Masked", "Sparse24", "Product", "Sum")  # formats of floats that `Values` trains; Dense is a weight that nothing was done to
 EDGE = 0.45  # how near to its cell's border a p may start; the cell ends at 0.5
 
 
@@ -61,6 +62,37 @@ class Trained(nn.Module):
         zeros = None if self.start.zeros is None else self.zero[..., 0].to(torch.uint8)
         return IntGroup.pack(self.codes().flatten(1).to(torch.uint8), self.scale()[..., 0].to(self.start.scales.dtype), zeros,
                              self.start.bits_per_code, self.start.levels)  # fmt: skip
+
+
+class Values(nn.Module):
+    """In the place of a linear whose stored numbers are floats: factors of a product, kept values of a mask, which stays as it is.
+
+    `known` holds the parameter of every tensor seen, so that linears that share a factor train one."""
+
+    def __init__(self, weight: Format, bias: Tensor | None, known: dict[int, nn.Parameter]):
+        super().__init__()
+        self.start, self.bias = weight, bias
+        self.free = nn.ParameterDict({name: known.setdefault(id(t), nn.Parameter(t.float())) for name, t in weight.tensors().items() if t.is_floating_point()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they would be stored; gradients pass through the rounding."""
+        stored = self.start.tensors()
+        return stored | {name: Straight.apply(p, p.detach().to(stored[name].dtype).float()) for name, p in self.free.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, build(self.start.meta(), self.tensors()).dequantize().to(x.dtype), self.bias)
+
+    @torch.no_grad()
+    def weight(self) -> Format:
+        """What has been learned, ready to be stored."""
+        stored = self.start.tensors()
+        return build(self.start.meta(), stored | {name: p.detach().to(stored[name].dtype) for name, p in self.free.items()})
+
+
+def floats(weight: Format) -> bool:
+    """Are all the numbers of this format floats (and masks)? Then its values can learn; integers have scales, which `Trained` knows."""
+    meta = weight.meta()
+    return meta["format"] in FREE and not any(leaf in str(meta) for leaf in ("IntGroup", "Lut", "Trellis"))
 
 
 def place(parent: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:

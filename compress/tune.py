@@ -5,7 +5,8 @@
 The layer-wise solvers see one linear at a time; here the layers of a block make up for one another, through the nonlinearities between them. Codes
 move by signed gradient steps whose lengths add up to half a cell (SignSGD as in AutoRound, arXiv 2309.05516: this after `rtn` is its recipe); scales
 follow by Adam, as in EfficientQAT's block phase (arXiv 2407.11062). What does not improve held-out windows is undone: after `gptq` with propagated
-targets the codes are better than these steps can find, and only the scales are worth training (`rounding: false`).
+targets the codes are better than these steps can find, and only the scales are worth training (`rounding: false`). Factors of a product and kept
+values of a mask learn too, which is PELA's feature distillation (arXiv 2310.10700), a block at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .errors import CompressError
 from .formats import Format, IntGroup
 from .linear import get_weight, set_weight
 from .stream import Stream
-from .trained import Trained, place
+from .trained import Trained, Values, floats, place
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Tune:
     steps: int = 100  # gradient steps a block, each on one batch of calibration windows
     rounding: bool = True  # move codes, each at most to a neighbour or two
     scale_lr: float = 1e-3  # Adam's step on the logarithm of the scales; 0 leaves them
+    value_lr: float = 3e-3  # Adam's step on floats (factors, kept values), relative to the root mean square of their tensor; 0 leaves them
     held_out: float = 0.1  # share of the windows that only judges
 
     def __post_init__(self):
-        if self.steps < 0 or not 0 <= self.held_out < 1 or self.scale_lr < 0:
-            raise CompressError(f"tune: steps {self.steps} and scale_lr {self.scale_lr} must be at least 0, held_out {self.held_out} in 0 ... 1")
+        if self.steps < 0 or not 0 <= self.held_out < 1 or min(self.scale_lr, self.value_lr) < 0:
+            raise CompressError(f"tune: steps {self.steps}, scale_lr {self.scale_lr}, value_lr {self.value_lr} must be at least 0, "
+                                f"held_out {self.held_out} in 0 ... 1")  # fmt: skip
 
 
 def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream, target: Tensor, formats: dict[str, Format]
@@ -41,10 +44,12 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
     """Better formats for the linears of `block`, and the held-out error before and after, relative to the target's variance.
 
     stream stands in front of the block, target [n, seqlen, width] is what the original model has behind it; twin is the block as it was.
-    The block is left with the weights that are returned. Only IntGroup weights are trained.
+    The block is left with the weights that are returned. Integers and floats are trained; masks, look-up tables and trellises stay.
     """
     trained = {path: Trained(f, get_weight(twin.get_submodule(path)), getattr(block.get_submodule(path), "bias", None))
                for path, f in formats.items() if isinstance(f, IntGroup)}  # fmt: skip
+    known: dict[int, nn.Parameter] = {}
+    values = {path: Values(f, getattr(block.get_submodule(path), "bias", None), known) for path, f in formats.items() if options.value_lr and floats(f)}
     batches, calls = list(stream.batches()), stream.calls[stream.at]
     judges = max(1, round(options.held_out * len(batches))) if options.held_out else 0
     if len(batches) <= judges:
@@ -66,10 +71,13 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
             return sum(float(loss(b)) for b in judging) / sum(float(target[batches[b]].float().var()) for b in judging)
 
     before = judged()
-    originals = {path: block.get_submodule(path) for path in trained}
-    place(block, trained.items())
+    originals = {path: block.get_submodule(path) for path in (*trained, *values)}
+    place(block, (*trained.items(), *values.items()))
     rounding = [t.p for t in trained.values()]
-    adam = torch.optim.Adam([t.log_s for t in trained.values()], lr=options.scale_lr, betas=(0.9, 0.95))
+    groups = [{"params": [t.log_s for t in trained.values()], "lr": options.scale_lr}] if trained else []
+    groups += [{"params": [p], "lr": options.value_lr * float(p.detach().square().mean().sqrt())} for p in known.values()]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    first = [g["lr"] for g in adam.param_groups]
     order = torch.Generator().manual_seed(stream.at)
     picks: list[int] = []
     for step in range(options.steps):
@@ -80,11 +88,14 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
         if options.rounding:
             for p in rounding:
                 p.data.add_(p.grad.sign_(), alpha=-left / options.steps)
-        adam.param_groups[0]["lr"] = options.scale_lr * left
+        for group, lr in zip(adam.param_groups, first, strict=True):
+            group["lr"] = lr * left
         adam.step()
-        for p in (*rounding, *adam.param_groups[0]["params"]):
+        adam.zero_grad(set_to_none=True)
+        for p in rounding:
             p.grad = None
-    made = {path: t.weight() for path, t in trained.items()}
+    made: dict[str, Format] = {path: t.weight() for path, t in trained.items()}
+    made |= {path: t.weight() for path, t in values.items()}
     place(block, originals.items())
     kept = {path: module.weight for path, module in originals.items()}
     for path, f in made.items():

@@ -156,16 +156,17 @@ def _formats(folder: Path, manifest: Manifest, result: Verification) -> None:
     entries = read_headers(folder)
     for name, record in manifest.layers.items():
         tensors = {}
-        for t in record.tensors:
-            if f"{name}.{t}" not in entries:
+        for t, place in record.places(name).items():
+            if place not in entries:
                 result.problems.append(f"{name}: its tensor {t} is on no shard")
                 break
-            with safe_open(folder / entries[f"{name}.{t}"].file, framework="pt") as f:
-                tensors[t] = f.get_tensor(f"{name}.{t}")
+            with safe_open(folder / entries[place].file, framework="pt") as f:
+                tensors[t] = f.get_tensor(place)
         else:
             weight = build(record.format, tensors)
-            if weight.nbytes() != record.bytes or record.bytes != record.planned_bytes:
-                result.problems.append(f"{name}: {weight.nbytes()} bytes on disk, {record.bytes} in the manifest, {record.planned_bytes} planned")
+            nbytes = weight.nbytes() - sum(tensors[t].nbytes for t in record.shared)
+            if nbytes != record.bytes or record.bytes != record.planned_bytes:
+                result.problems.append(f"{name}: {nbytes} bytes on disk, {record.bytes} in the manifest, {record.planned_bytes} planned")
             if not torch.isfinite(weight.dequantize()).all():
                 result.problems.append(f"{name}: dequantizes to NaN or Inf")
 

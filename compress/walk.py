@@ -10,24 +10,28 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .arch import Arch, Site, infer_sites, routers, table_entry
 from .artifact import LayerRecord, Writer
+from .calibration.guidance import Guidance
 from .calibration.hidden import release
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
-from .formats import Format, build
+from .formats import Format, build, split_rows
 from .linear import get_weight, in_features, set_weight
-from .recipe import Recipe
 from .stream import Stream
 from .tune import tune_block
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
 
 STATS_LIMIT = 2 << 30  # bytes of Hessians gathered in one pass; more experts take more passes
 KEEP_LIMIT = 256 << 20  # bytes of down_proj's input kept so that the last pass need not run gate and up again
@@ -47,12 +51,12 @@ class Done:
 
 
 def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | None, original: Stream | None,
-         guidance: list[dict[str, Tensor]] | None, probe: Stream, headers: dict[str, dict]) -> Iterator[Done]:  # fmt: skip
+         guidance: list[dict[str, Guidance]] | None, probe: Stream, headers: dict[str, dict]) -> Iterator[Done]:  # fmt: skip
     """Compress every block of `source` into `writer`, yielding each layer as it is done; `headers` receives the record of every shard.
 
     `stream` carries the calibration tokens through the compressed blocks, None when no method needs statistics; `original` the same tokens through
-    the blocks as they were, None when nothing compares the two; `guidance` says what each token counts (calibration/guidance.py), None when all count
-    alike; `probe` carries a few tokens whose logits `verify` will compare.
+    the blocks as they were, None when nothing compares the two; `guidance` says what each token and output counts (calibration/guidance.py), None when
+    all count alike; `probe` carries a few tokens whose logits `verify` will compare.
     """
     for i in range(source.num_blocks):
         shard, name = f"block-{i:05d}", source.block_name(i)
@@ -89,7 +93,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
                 formats, *training[name] = tune_block(recipe.tune, block, twin, stream, original.hidden, formats)
                 if training[name][1] >= training[name][0]:
                     fallbacks.append({"what": "tuning undone", "where": name, "count": 1, "detail": f"held-out error {training[name][0]:.3e} did not fall"})
-            header = writer.commit(shard, block_tensors(block, name, formats), layers, fallbacks, training)
+            header = writer.commit(shard, block_tensors(block, name, formats, layers), layers, fallbacks, training)
         headers[shard] = header
         if stream is not None and i + 1 < source.num_blocks:
             stream.advance(block)
@@ -98,7 +102,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
 
 
 def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: str, sites: tuple[Site, ...], plan: dict[str, tuple], stream: Stream | None,
-                    original: tuple[Stream, nn.Module] | None, guidance: dict[str, Tensor], fallbacks: list[dict]
+                    original: tuple[Stream, nn.Module] | None, guidance: dict[str, Guidance], fallbacks: list[dict]
                     ) -> Iterator[tuple[Done, Format]]:  # fmt: skip
     at = int(name.rpartition(".")[2])
     waiting = set(plan)
@@ -115,7 +119,8 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: 
             for path in (p for p in site.linears if p in plan):
                 readers.setdefault(path if "guidance" in plan[path][1].needs else site.name, []).append(path)
         if stream is not None:
-            stats = stream.collect(block, {key: paths[0] for key, paths in readers.items()}, keep=bool(final), original=original, weights=guidance)
+            weighed = {key: guidance[key].tokens for key in readers if key in guidance and key in plan and "guidance" in plan[key][1].needs}
+            stats = stream.collect(block, {key: paths[0] for key, paths in readers.items()}, keep=bool(final), original=original, weights=weighed)
             _release(block)
         shared = (time.perf_counter() - started) / sum(map(len, readers.values()))
         for key, paths in readers.items():
@@ -125,35 +130,42 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: 
                     raise CompressError(f"{name}.{key}: all {seen.dropped} calibration tokens are NaN or Inf in {str(source.dtype)[6:]}; "
                                         "use --dtype float32 or bfloat16")  # fmt: skip
                 seen = None
-            for path in paths:
+            for bundle in bundles(paths, {path: plan[path][1] for path in paths}):
                 started = time.perf_counter()
-                method_name, method = plan[path]
-                where = f"{name}.{path}"
-                module = block.get_submodule(path)
-                W = get_weight(module, block.originals.get(f"{path}.weight"))
+                (method_name, method), where, first = plan[bundle[0]], f"{name}.{'+'.join(bundle)}", f"{name}.{bundle[0]}"
+                Ws = [get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight")) for path in bundle]
                 if seen is None:
-                    seen = Stats(torch.eye(W.shape[1], device=W.device))
+                    seen = Stats(torch.eye(Ws[0].shape[1], device=Ws[0].device))
                     if stream is not None:
                         seen.note("no calibration tokens, rounded to nearest", "none was routed here")
                 elif "guidance" in method.needs and key not in guidance:
                     seen.note("tokens not weighed", "no gradient reaches it, or it sees routed tokens")
-                corrects = getattr(method, "bias_correction", False) and module.bias is not None and seen.count > 0
+                stored, sizes = block.stored[f"{bundle[0]}.weight"], [len(W) for W in Ws]
+                corrects = getattr(method, "bias_correction", False) and seen.count > 0 and all(block.get_submodule(p).bias is not None for p in bundle)
                 used = seen.centred() if corrects else seen
-                weight = method(W, used, stored=block.stored[f"{path}.weight"], where=where)
+                used.gradient = torch.cat([guidance[p].outputs for p in bundle]).to(Ws[0].device) if all(p in guidance for p in bundle) else None
+                weight = method(Ws[0] if len(Ws) == 1 else torch.cat(Ws), used, stored=stored, where=where)
                 if not all(torch.isfinite(t).all() for t in weight.tensors().values() if t.is_floating_point()):
-                    raise CompressError(f"{where}: {method_name} produced NaN or Inf; the weights span ±{W.abs().max():.3g}")
-                W_hat = weight.dequantize()
-                planned = method.planned(tuple(W.shape), block.stored[f"{path}.weight"], where)
-                record = LayerRecord(
-                    method=method_name, options=_options(method), format=weight.meta(), describe=weight.describe(), tensors=list(weight.tensors()),
-                    bits=weight.bits(), bytes=weight.nbytes(), planned_bytes=planned.nbytes(), parameters=W.numel(), error=used.error(W, W_hat),
-                    error_norm="identity" if not seen.count else "guided" if "guidance" in method.needs else "hessian", tokens=seen.count)  # fmt: skip
-                if corrects:
-                    _move_bias(block, path, seen.bias(W, W_hat))
-                set_weight(module, W_hat)
-                del W, W_hat, used
+                    raise CompressError(f"{where}: {method_name} produced NaN or Inf; the weights span ±{max(W.abs().max() for W in Ws):.3g}")
+                planned = method.planned((sum(sizes), Ws[0].shape[1]), stored, where)
+                finished = []
+                for path, part, (own, nbytes), (_, planned_bytes) in zip(bundle, *pieces(weight, sizes), pieces(planned, sizes)[1], strict=True):
+                    W, W_hat = Ws.pop(0), part.dequantize()
+                    record = LayerRecord(
+                        method=method_name, options=_options(method), format=part.meta(), describe=part.describe(), tensors=own,
+                        shared={t: f"{first}.{t}" for t in part.tensors() if t not in own}, bits=8 * nbytes / W.numel(), bytes=nbytes,
+                        planned_bytes=planned_bytes, parameters=W.numel(), error=used.error(W, W_hat), tokens=seen.count,
+                        error_norm="identity" if not seen.count else "guided" if "guidance" in method.needs else "hessian")  # fmt: skip
+                    if corrects:
+                        _move_bias(block, path, seen.bias(W, W_hat))
+                    set_weight(block.get_submodule(path), W_hat)
+                    finished.append((path, record, part))
+                    del W, W_hat
+                del used
                 _release(block)
-                yield Done(at, where, record, shared + time.perf_counter() - started, False), weight
+                seconds = shared + (time.perf_counter() - started) / len(bundle)
+                for path, record, part in finished:
+                    yield Done(at, f"{name}.{path}", record, seconds, False), part
             if seen is not None:
                 if seen.dropped:
                     seen.note("tokens dropped", f"{seen.dropped} of {seen.dropped + seen.count} rows of the input were NaN or Inf")
@@ -220,6 +232,22 @@ def stages(block: nn.Module, sites: list[Site], true_sequential: bool) -> Iterat
             yield stage
 
 
+def bundles(paths: Iterable[str], methods: dict) -> list[list[str]]:
+    """Linears of one site that are solved as one weight, their rows one below the other: all of a `joint` method, else each for itself."""
+    found: dict[object, list[str]] = {}
+    for path in paths:
+        found.setdefault(methods[path] if getattr(methods[path], "joint", False) else path, []).append(path)
+    return list(found.values())
+
+
+def pieces(weight: Format, sizes: list[int]) -> tuple[list[Format], list[tuple[list[str], int]]]:
+    """The parts of a weight that was solved as one, and which tensors (and bytes) each stores: what all hold, the first stores for all."""
+    parts = [weight] if len(sizes) == 1 else split_rows(weight, sizes)
+    first = {id(t) for t in parts[0].tensors().values()}
+    own = [{name: t for name, t in part.tensors().items() if part is parts[0] or id(t) not in first} for part in parts]
+    return parts, [(list(o), sum(t.nbytes for t in o.values())) for o in own]
+
+
 def _options(method) -> dict:
     return {f.name: getattr(method, f.name) for f in fields(method)}
 
@@ -228,17 +256,20 @@ def restore(block: nn.Module, name: str, header: dict, tensors: dict[str, Tensor
     """Put what a finished shard holds back into a block."""
     rest, device = dict(tensors), next(block.parameters()).device
     for layer, record in header["layers"].items():
-        weight = build(record["format"], {t: rest.pop(f"{layer}.{t}").to(device) for t in record["tensors"]})
+        places = LayerRecord.model_validate(record).places(layer)
+        weight = build(record["format"], {t: tensors[place].to(device) for t, place in places.items()})
         set_weight(block.get_submodule(layer.removeprefix(name + ".")), weight.dequantize())
+        for place in places.values():
+            rest.pop(place, None)
     now = block.state_dict()
     block.load_state_dict({local: t.to(device, now[local].dtype) for n, t in rest.items() if (local := n.removeprefix(name + ".")) in now},
                           strict=False, assign=True)  # fmt: skip
     block.requires_grad_(False)
 
 
-def block_tensors(block: nn.Module, name: str, formats: dict[str, Format]) -> dict[str, Tensor]:
+def block_tensors(block: nn.Module, name: str, formats: dict[str, Format], layers: dict[str, LayerRecord]) -> dict[str, Tensor]:
     """What a block's shard holds: Format tensors for the compressed linears, everything else in the dtype it was stored in."""
-    tensors = {f"{name}.{path}.{key}": t for path, weight in formats.items() for key, t in weight.tensors().items()}
+    tensors = {f"{name}.{path}.{key}": t for path, weight in formats.items() for key, t in weight.tensors().items() if key in layers[f"{name}.{path}"].tensors}
     for local, value in block.state_dict().items():
         path, _, leaf = local.rpartition(".")
         if leaf == "weight" and path in formats:

@@ -6,6 +6,7 @@ from compress import recipe
 from compress.distill import Distill
 from compress.methods import METHODS, describe
 from compress.scaling import BLOCKS
+from compress.schedule import Schedule
 from compress.tune import Tune
 from compress.views import VIEWS
 
@@ -28,6 +29,12 @@ VIEW = """# Views
 A view rewrites the model into an equal one whose weights are easier to round, as its tensors are read; a recipe lists views under `views`, by name or with
 options: `views: [fold_norms, {rotate: {untie: true}}]`. Where an architecture cannot express it, the run is refused with the reason.
 """
+SCHEDULES = """# Schedule
+
+A recipe's `schedule:` lets layers give up more or less than its steps say, together the same (`--set schedule.by=gradient`). It sets `sparsity` or
+`ratio`, layer by layer, before anything is compressed.
+"""
+
 BLOCK = """# Block steps
 
 A block step edits a block exactly before anything in it is rounded; a recipe lists them under `blocks`: `blocks: [awq]`.
@@ -37,7 +44,7 @@ A block step edits a block exactly before anything in it is rounded; a recipe li
 def page() -> str:
     cell = lambda value: str(value).replace("|", "\\|")
     lines: list[str] = []
-    for head, table in ((HEAD, METHODS), (TRAINING, {"tune": Tune, "distill": Distill}), (VIEW, VIEWS), (BLOCK, BLOCKS)):
+    for head, table in ((HEAD, METHODS), (TRAINING, {"tune": Tune, "distill": Distill}), (SCHEDULES, {"schedule": Schedule}), (VIEW, VIEWS), (BLOCK, BLOCKS)):
         lines.append(head)
         for method in describe(table):
             lines += [f"## {method['name']}\n", method["about"] + "\n"]

@@ -35,7 +35,8 @@ def work(tmp_path_factory):
         patch.setitem(tiny.TINY, "deep", lambda: LlamaConfig(**tiny.LLAMA | {"num_hidden_layers": BLOCKS}))
         tiny.save_tiny("deep", root / "model")
     (root / "text.txt").write_text(Path(os.__file__).read_text())
-    work = SimpleNamespace(root=root, model=root / "model", text=f"file:{root / 'text.txt'}", touches=root / "touches")
+    work = SimpleNamespace(root=root, model=root / "model", text=f"file:{root / 'text.txt'}", touches=root / "touches",
+                           options=["--set", "gptq.group_size=32"])
     assert finish(work, root / "out", touches=work.touches) == ""
     return SimpleNamespace(**vars(work), whole=contents(root / "out"))
 
@@ -45,7 +46,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def arguments(work, out: Path) -> list[str]:
-    return ["compress", "run", str(work.model), "-c", work.text, "-o", str(out), "--samples", "4", "--seqlen", "32", "--set", "gptq.group_size=32"]
+    return ["compress", "run", str(work.model), "-c", work.text, "-o", str(out), "--samples", "4", "--seqlen", "32", *work.options]
 
 
 def child(argv: list[str], out: Path, die_at: int | None, touches: Path | None, largest: int) -> None:
@@ -144,6 +145,17 @@ def test_killed_at_a_moment(when, work, tmp_path):
     process.kill()
     process.join()
     continues(work, out)
+
+
+@pytest.mark.parametrize("recipe", ["sparse-50", "svd-20"])
+def test_a_run_with_a_schedule_and_shared_factors_killed(recipe, work, tmp_path):
+    other = SimpleNamespace(**vars(work) | {"options": ["-r", recipe]})
+    assert finish(other, tmp_path / "whole") == ""
+    process = start(other, tmp_path / "out")
+    wait(process, lambda: MOMENTS["after a block"](tmp_path / "out"))
+    process.kill()
+    process.join()
+    continues(SimpleNamespace(**vars(other) | {"whole": contents(tmp_path / "whole")}), tmp_path / "out")
 
 
 def test_killed_again_and_again(work, tmp_path):

@@ -1,13 +1,23 @@
 """pytest tests/test_lowrank.py — whitened SVD: the loss identity, its rivals, quantized factors, break-even; dense × sparse (algorithms.md §17, 20)."""
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_methods import correlated, stats_of, weight
+from tiny import save_tiny
 
+import compress
+from compress.embedded import model_path
 from compress.errors import CompressError
 from compress.formats import Dense, IntGroup
 from compress.methods import GPTQ, SVD, DenseSparse
 from compress.methods.svd import answer, leading
+from compress.preflight import bundled
+from compress.recipe import load
+from compress.walk import pieces
 
 F64 = torch.float64
 
@@ -67,13 +77,14 @@ def test_the_refit_is_the_least_squares_answer():
 def test_the_rank_spends_the_budget_and_more_rank_less_error():
     s, W = stats_of(correlated(n=128)), weight(96, 128)
     errors = []
-    for ratio in (0.6, 0.4, 0.2, 0.0):
+    for ratio in (0.6, 0.4, 0.2, 1e-6):
         method = SVD(ratio=ratio)
         fmt, planned = solve(method, W, s, torch.bfloat16), method.planned((96, 128), torch.bfloat16, "w")
         assert planned.nbytes() == fmt.nbytes() and planned.meta() == fmt.meta() and all(isinstance(f, Dense) for f in fmt.factors)
         assert (1 - ratio) * 16 - 16 * (96 + 128) / (96 * 128) < fmt.bits() <= (1 - ratio) * 16
         errors.append(s.error(W, fmt.dequantize()))
     assert errors == sorted(errors, reverse=True)
+    assert torch.equal(solve(SVD(ratio=0.0), W, s).dequantize(), W) and torch.equal(solve(DenseSparse(ratio=0.0), W, s).dequantize(), W)
     low = weight(96, 20) @ weight(20, 128, seed=4)
     assert s.error(low, solve(SVD(rank=20), low, s).dequantize()) < 1e-9  # a weight of that rank comes back
 
@@ -110,7 +121,92 @@ def test_a_rank_above_break_even_is_refused():
         SVD(rank=40, bits=4).planned((128, 384), torch.bfloat16, "k_proj")
     with pytest.raises(CompressError, match=r"ratio 1\.0"):
         SVD(ratio=1.0)
+    with pytest.raises(CompressError, match="joint solves q, k and v on one H"):
+        SVD(joint=True, guided=True)
     assert SVD(rank=96).planned((128, 384), torch.bfloat16, "k_proj").bits() == 16
+
+
+def test_rows_that_matter_to_the_loss_get_their_rank():
+    s, W = stats_of(correlated()), weight(40)
+    s.gradient = torch.logspace(-2, 2, 40)
+    feels = lambda W_hat: float(s.gradient @ ((D := W_hat - W) @ s.hessian * D).sum(1))
+    assert feels(solve(SVD(rank=10, gradient=True), W, s).dequantize()) < 0.9 * feels(solve(SVD(rank=10), W, s).dequantize())
+
+
+def test_the_span_of_the_inputs_is_better_than_plain_svd_and_worse_than_the_outputs():
+    s, W = stats_of(correlated(n=128, tokens=2048)), weight(96, 128)
+    error = {w: s.error(W, solve(SVD(ratio=0.4, whiten=w, refit=False), W, s).dequantize()) for w in ("cholesky", "inputs", "none")}
+    assert error["cholesky"] < error["inputs"] < error["none"]
+
+
+# ---- one right factor for several linears
+
+
+def test_one_shared_factor_beats_separate_ones_of_the_same_size():
+    """q, k and v of one model are alike, which two matrices of noise are not: here they share half of their rows' directions."""
+    s, base = stats_of(correlated(n=128, tokens=2048)), weight(64, 128, seed=5)
+    Ws = [weight(64, 64, seed=k) @ base + 0.3 * weight(64, 128, seed=9 + k) for k in (6, 7, 8)]
+    together = solve(SVD(ratio=0.4), torch.cat(Ws), s, torch.bfloat16)
+    parts, own = pieces(together, [64] * 3)
+    assert sum(n for _, n in own) == together.nbytes() and own[0][0] == ["0_weight", "1_weight"] and own[1][0] == own[2][0] == ["0_weight"]
+    assert all(torch.equal(a.dequantize(), b) for a, b in zip(parts, together.dequantize().split(64), strict=True))
+    separate = [solve(SVD(ratio=0.4), W, s, torch.bfloat16) for W in Ws]
+    assert together.nbytes() <= 1.03 * sum(f.nbytes() for f in separate)
+    assert sum(s.error(W, f.dequantize()) for W, f in zip(Ws, parts, strict=True)) < 0.9 * sum(
+        s.error(W, f.dequantize()) for W, f in zip(Ws, separate, strict=True))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny("llama", folder)
+    (folder / "text.txt").write_text(" ".join(map(str, range(4000))))
+    return folder
+
+
+def run(checkpoint, out, recipe, **settings):
+    return compress.run(str(checkpoint), recipe, f"file:{checkpoint}/text.txt", out, settings=settings, samples=16, seqlen=64, show=False, device="cpu")
+
+
+def test_a_shared_factor_is_stored_once_loaded_for_all_resumed_and_exported(checkpoint, tmp_path):
+    report = run(checkpoint, tmp_path / "a", {"name": "joint", "steps": [{"method": "svd", "joint": True}]})
+    layers, q = report.manifest.layers, "model.layers.0.self_attn.q_proj"
+    assert layers["model.layers.0.self_attn.v_proj"].shared == {"1_weight": f"{q}.1_weight"} and layers[q].tensors == ["0_weight", "1_weight"]
+    stored = {name: t for f in (tmp_path / "a").glob("block*.safetensors") for name, t in load_file(f).items()}
+    assert f"{q}.1_weight" in stored and "model.layers.0.self_attn.k_proj.1_weight" not in stored
+    model, tokens = compress.load(str(tmp_path / "a"), dtype=torch.float32, policy="dense"), torch.arange(48)[None]
+    k = model.get_submodule("model.layers.0.self_attn.k_proj")
+    torch.testing.assert_close(k.format.dequantize(), stored[k_name := "model.layers.0.self_attn.k_proj.0_weight"].float() @ stored[f"{q}.1_weight"].float())
+    assert k_name and sum(t.nbytes for name, t in model.state_dict().items() if "model.layers.0.self_attn.k_proj" in name) == k.format.factors[0].nbytes()
+    compress.export(str(tmp_path / "a"), "dense", tmp_path / "dense")
+    dense = compress.load(str(tmp_path / "dense"), dtype=torch.float32)
+    torch.testing.assert_close(dense(tokens).logits, model(tokens).logits, rtol=0.1, atol=0.1)  # its weights are rounded to bf16
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "block-00001.safetensors").unlink()
+    again = run(checkpoint, tmp_path / "b", {"name": "joint", "steps": [{"method": "svd", "joint": True}]})
+    assert again.resumed_layers == 7 and again.manifest == report.manifest
+    damaged = tmp_path / "b" / "block-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    assert not compress.verify(str(tmp_path / "b")).ok
+
+
+def test_a_plan_of_joint_factors_needs_a_known_architecture():
+    with pytest.raises(CompressError, match="not in the table of architectures"):
+        source = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(model_type="unheard_of")), num_blocks=1)
+        bundled(source, load("svd-20"), [("a.q", 0, (8, 8))])
+
+
+# ---- training
+
+
+def test_the_tuner_trains_factors_and_kept_values_and_zeros_stay(tmp_path):
+    steps = [{"match": "*mlp*", "method": "wanda", "pattern": "2:4"}, {"method": "svd", "ratio": 0.5, "joint": True}]
+    recipe = {"name": "both", "steps": steps, "tune": {"steps": 8}}
+    out = compress.run(model_path(), recipe, "stdlib", tmp_path / "out", samples=72, seqlen=64, show=False, device="cpu")
+    assert all(after < before for before, after in out.manifest.training.values())
+    assert compress.verify(str(tmp_path / "out")).ok
+    weight = compress.load(str(tmp_path / "out")).get_submodule("model.layers.0.mlp.up_proj").format
+    assert (weight.keep().view(-1, 4).sum(-1) == 2).all() and (weight.dequantize() != 0).float().mean() <= 0.5
 
 
 # ---- dense × sparse

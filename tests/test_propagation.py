@@ -7,7 +7,7 @@ from test_stream import TOKENS
 from tiny import TINY, save_tiny, tiny_model
 
 import compress
-from compress.calibration.guidance import token_weights
+from compress.calibration.guidance import guide
 from compress.calibration.statistics import Stats
 from compress.checkpoint import Checkpoint
 from compress.methods.gptq import GPTQ
@@ -99,7 +99,7 @@ def test_the_reader_of_the_residual_stream_is_found_without_a_table(name, tmp_pa
 def test_token_weights_equal_those_of_one_backward_pass_through_the_whole_model(name, tmp_path):
     save_tiny(name, tmp_path, dtype=torch.float32)
     source = Checkpoint(str(tmp_path), dtype=torch.float32)
-    streamed = token_weights(Stream(source, TOKENS, batch=5), seed=3)
+    streamed = guide(Stream(source, TOKENS, batch=5), seed=3)
     model, seen = tiny_model(name), {}
     blocks = model.get_submodule(source.blocks_path)
 
@@ -117,7 +117,7 @@ def test_token_weights_equal_those_of_one_backward_pass_through_the_whole_model(
     labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(3))
     (-log_p.gather(1, labels)).sum().backward()
     for (i, path), s in seen.items():
-        torch.testing.assert_close(streamed[i][path], s / s.mean(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(streamed[i][path].tokens, s / s.mean(), rtol=1e-3, atol=1e-4)
     assert len(seen) == sum(map(len, streamed)) >= 8
 
 

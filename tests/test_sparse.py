@@ -1,6 +1,7 @@
 """pytest tests/test_sparse.py — masks, pruning methods and sparse integers against slow fp64 references and their properties (algorithms.md §3-5, 21)."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import compress
 from compress.calibration.statistics import Stats
 from compress.errors import CompressError
 from compress.formats import Masked, Sparse24
-from compress.methods import ADMM, AWP, GPTQ, METHODS, Magnitude, SLiM, SparseGPT, Wanda
+from compress.methods import ADMM, AWP, GPTQ, METHODS, SVD, DenseSparse, Magnitude, SLiM, SparseGPT, Wanda
 from compress.methods.awp import largest_eigenvalue
 from compress.methods.masks import SparseOptions, top
 from compress.methods.support import least_squares
@@ -130,13 +131,61 @@ def test_pruned_again_dead_inputs_and_a_hessian_that_fails_are_told():
     for method in SOLVING.values():
         s = stats_of(x)
         W_hat = solve(method, W, s).dequantize()
-        assert torch.isfinite(W_hat).all() and (W_hat[:, [3, 40]] == 0).all()
+        assert torch.isfinite(W_hat).all() and (W_hat[:, [3, 40]] == 0).all() and (W_hat[W == 0] == 0).all()
         assert [f["what"] for f in s.fallbacks] == ["pruned before", "inputs never active"]
         s = Stats(torch.full((64, 64), float("nan")))
         assert torch.isfinite(solve(method, weight(), s).dequantize()).all() and "solver failed" in s.fallbacks[0]["what"]
 
 
+@pytest.mark.parametrize("name", PRUNING)
+@pytest.mark.parametrize("options", [{"sparsity": 0.3}, {"sparsity": 0.7}, {"pattern": "2:4"}, {"sparsity": 0.3, "bits": 4},
+                                     {"pattern": "2:4", "bits": 4, "sym": True}])  # fmt: skip
+def test_a_pruned_weight_pruned_again_keeps_its_zeros(name, options):
+    """Even where more may stay than there is, where targets shift, and through integers; no zero takes the place of a weight."""
+    if "bits" in options and name in ("magnitude", "wanda"):
+        return
+    x, W = correlated(), weight()
+    W[W.abs() < W.abs().quantile(0.5, dim=1, keepdim=True)] = 0
+    s = with_cross(x)
+    fmt = solve(make(name, **options, **({} if name in ("magnitude", "wanda") else {"propagate": 1.0})), W, s)
+    sparse = fmt.terms[0] if name == "slim" else fmt
+    assert (sparse.dequantize()[W == 0] == 0).all() and [f["what"] for f in s.fallbacks] == ["pruned before"]
+    if options == {"sparsity": 0.7}:
+        assert (sparse.keep() <= (W != 0)).all()
+
+
 # ---- solvers
+
+
+def with_cross(x, noise=0.2):
+    """Statistics of inputs x where the original model has other ones."""
+    s, original = stats_of(x), x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(9)) * x.std(0)
+    s.cross = (original - x).T @ x / len(x)
+    return s
+
+
+@pytest.mark.parametrize("method", [ADMM(), AWP(), SparseGPT(), SparseGPT(bits=4, group_size=32), SLiM(extra=4.0), SVD(), DenseSparse()])
+def test_a_propagated_target_gives_outputs_nearer_to_the_original_ones(method):
+    g = torch.Generator().manual_seed(3)
+    x, W = correlated(), weight(48)
+    original = x @ (torch.eye(64) + 0.05 * torch.randn(64, 64, generator=g))
+    s = stats_of(x)
+    s.cross = (original - x).T @ x / len(x)
+    error = lambda m: float((x @ solve(m, W, s).dequantize().T - original @ W.T).square().mean())
+    assert method.needs == {"hessian"} and replace(method, propagate=1.0).needs == {"hessian", "cross"}
+    assert error(replace(method, propagate=1.0)) < 0.97 * error(method)
+
+
+@pytest.mark.parametrize("method", [ADMM(gradient=True), AWP(scope="layer", gradient=True), SparseGPT(gradient=True), Wanda(scope="layer", gradient=True)])
+def test_rows_that_matter_to_the_loss_keep_more_weights_and_the_loss_feels_less(method):
+    s, W = stats_of(correlated()), weight()
+    s.gradient = torch.logspace(-2, 2, 24)
+    loud, alike = (solve(m, W, s) for m in (method, replace(method, gradient=False)))
+    feels = lambda f: float(s.gradient @ ((D := f.dequantize() - W) @ s.hessian * D).sum(1))
+    assert loud.keep().sum() == alike.keep().sum() and loud.keep()[-8:].sum() > alike.keep()[-8:].sum()
+    assert feels(loud) < 0.9 * feels(alike)
+    s.gradient = None
+    assert torch.equal(solve(method, W, s).keep(), alike.keep()) and s.fallbacks[-1]["what"] == "outputs not weighed"
 
 
 def slow_sparsegpt(W, Hd, decide):
@@ -168,7 +217,7 @@ def test_sparsegpt_equals_the_slow_reference(pattern):
 
     Q, keep = slow_sparsegpt(W, damped(s), decide)
     method = SparseGPT(pattern=pattern)
-    got, mask = sweep(W, s.factor(DAMP, False).U, method)
+    got, mask = sweep(W, s.factor(DAMP, False).U, method, torch.ones_like(W))
     assert torch.equal(mask, keep)
     torch.testing.assert_close(got, Q, rtol=1e-8, atol=1e-8)
 
@@ -272,6 +321,13 @@ def test_a_product_makes_up_for_pruning_and_rounds_do_not_harm(bits):
     assert errors[0] < 0.95 * sparse and errors[1] <= errors[0] and errors[2] <= errors[1]
 
 
+def test_a_random_support_is_solved_exactly_and_is_worse_than_a_chosen_one():
+    s, W = stats_of(correlated(n=128, tokens=2048)), weight(48, 128)
+    chosen, random = (s.error(W, solve(SLiM(sparsity=0.8, extra=2.0, support=support), W, s).dequantize()) for support in ("solved", "random"))
+    fmt = solve(SLiM(sparsity=0.8, extra=2.0, support="random", rounds=0), W, s)
+    assert chosen < random < s.error(W, fmt.terms[1].dequantize()) and fmt.terms[0].keep().sum() == 48 * 128 - round(0.8 * 48 * 128)
+
+
 def test_enough_rank_brings_everything_back():
     s, W = stats_of(correlated()), weight()
     assert s.error(W, solve(SLiM(pattern="2:4", extra=1.1 * 32 * (24 + 64) / 64, rounds=0), W, s).dequantize()) < 1e-6
@@ -303,6 +359,12 @@ def test_a_pattern_on_the_command_line_is_not_a_time_of_day():
     assert step.build().pattern == "2:4"
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "'2:4'", "4:8", "1:2", "8:16"])
+def test_a_pattern_in_a_recipe_file_needs_no_quotes(pattern, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"steps:\n  - {{method: wanda, pattern: {pattern}, sparsity: 5e-1}}\n")
+    assert load(tmp_path / "mine.yaml").steps[0].build().pattern == pattern.strip("'")
+
+
 # ---- from a checkpoint to an artifact and back
 
 
@@ -315,15 +377,23 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("recipe", "settings"), [
-    ("sparse-50", {}), ("sparse-2of4", {}), ("sparse-50-w4", {"admm.group_size": 32}), ("sparse-2of4-w4-lr", {"slim.group_size": 32, "slim.extra": 1.0}),
-    ("svd-20", {}), ("svd-20-w4", {"svd.group_size": 32, "svd.rank": 32, "ignore": ["*.k_proj", "*.v_proj"]}), ("dense-sparse-20", {}),
+    ("sparse-50", {}), ("sparse-2of4", {}), ("sparse-50-w4", {"admm.group_size": 64}), ("sparse-2of4-w4-lr", {"slim.group_size": 32, "slim.extra": 1.0}),
+    ("svd-20", {}), ("svd-20", {"svd.joint": False}), ("sparse-50", {"schedule.by": "error"}), ("sparse-50-wanda", {}),
+    ("svd-20-w4", {"svd.group_size": 32, "svd.rank": 32, "ignore": ["*.o_proj"]}),
+    ("svd-20-w4", {"svd.group_size": 32, "svd.rank": 32, "svd.joint": False, "ignore": ["*.k_proj", "*.v_proj"]}), ("dense-sparse-20", {}),
 ])  # fmt: skip
 def test_an_artifact_costs_what_was_planned_verifies_and_computes_what_it_holds(recipe, settings, checkpoint, tmp_path):
     plan = compress.plan(str(checkpoint), recipe, settings=settings)
-    report = compress.run(str(checkpoint), recipe, f"file:{checkpoint}/text.txt", tmp_path / "out", settings=settings, samples=8, seqlen=64, show=False)
+    run = lambda: compress.run(str(checkpoint), recipe, f"file:{checkpoint}/text.txt", tmp_path / "out", settings=settings, samples=8, seqlen=64, show=False)
+    report = run()
     stored = sum(t.numel() * t.element_size() for f in (tmp_path / "out").glob("*[0-9].safetensors") for t in load_file(f).values())
-    assert stored == plan.bytes_after == report.manifest.totals["bytes"] and not report.fallbacks
+    tolerance = 0.01 if load(recipe).with_options(settings).schedule else 0  # which layer pays what is known once calibration has been seen
+    assert abs(stored - plan.bytes_after) <= tolerance * stored and stored == report.manifest.totals["bytes"] == report.manifest.totals["planned_bytes"]
+    assert {f.what for f in report.fallbacks} <= {"inputs never active"}  # neurons of which no weight is left
     assert compress.verify(str(tmp_path / "out")).ok
+    whole = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "block-00001.safetensors").unlink()
+    assert run().resumed_layers and whole == {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
     model, tokens = compress.load(str(tmp_path / "out"), dtype=torch.float32), torch.arange(48)[None]
     layer = model.get_submodule("model.layers.1.mlp.down_proj")
     x = torch.randn(3, layer.in_features)

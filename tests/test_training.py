@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_methods import correlated, weight
+from tiny import save_tiny
 from torch.nn import functional as F
 
 import compress
@@ -97,3 +98,16 @@ def test_distilling_lowers_the_divergence_and_a_kill_at_any_commit_loses_nothing
     run(tmp_path / "killed", RTN2, **extra)
     for file in sorted((tmp_path / "whole").iterdir()):
         assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_windows_that_the_model_writes_itself_join_the_calibration_text_and_its_record(tmp_path):
+    save_tiny("llama", tmp_path / "model")
+    (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    recipe = {"name": "r", "steps": [{"method": "gptq", "bits": 3, "group_size": 32}]}
+    run = lambda out, n: compress.run(str(tmp_path / "model"), recipe | {"generated": n}, f"file:{tmp_path / 't.txt'}", tmp_path / out, samples=4, seqlen=32,
+                                      show=False, device="cpu").manifest  # fmt: skip
+    without, with_it, again = run("a", 0), run("b", 3), run("c", 3)
+    assert "generated" not in without.run["calibration"] and with_it == again
+    assert with_it.run["calibration"]["generated"]["obtained"] == {"samples": 3, "tokens": 96}
+    assert {r.tokens for r in without.layers.values()} == {128} and {r.tokens for r in with_it.layers.values()} == {224}
+    assert without.tensors != with_it.tensors

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ..artifact import INDEX, PROBE, Fallback, read_manifest, sha256, write_json
 from ..errors import CompressError
 from ..experts import fused_experts
-from ..formats import Dense, Format, IntGroup, build
+from ..formats import Format, IntGroup, build, split_rows
 from ..verification import ArtifactCheckpoint
 
 # Linears that servers (vLLM, SGLang) multiply as one matrix, by the name of that matrix: one scheme for all, or they refuse to load.
@@ -123,10 +123,10 @@ class Source(ArtifactCheckpoint):
         """The format of a layer with its scales and zero points, its codes on meta: enough to judge it."""
         record = self.layers[layer]
         tensors = {}
-        for t in record.tensors:
-            described = self.manifest.tensors[f"{layer}.{t}"]
+        for t, name in record.places(layer).items():
+            described = self.manifest.tensors[name]
             read = t in ("scales", "zeros")
-            tensors[t] = self.read_stored(f"{layer}.{t}") if read else torch.empty(described.shape, dtype=getattr(torch, described.dtype), device="meta")
+            tensors[t] = self.read_stored(name) if read else torch.empty(described.shape, dtype=getattr(torch, described.dtype), device="meta")
         return build(record.format, tensors)
 
     def shards(self) -> Iterator[tuple[dict[str, Tensor], list[str]]]:
@@ -178,11 +178,15 @@ class SafetensorsExport(Export):
             made: dict[str, Tensor] = {}
             for layer in layers:
                 record = source.layers[layer]
-                weight = build(record.format, {t: tensors.pop(f"{layer}.{t}") for t in record.tensors})
+                weight = build(record.format, {t: tensors[name] for t, name in record.places(layer).items()})
                 modules = source.modules(layer)
-                for module, part in zip(modules, _split(weight, len(modules)), strict=True):
+                parts = [weight] if len(modules) == 1 else split_rows(weight, [weight.shape[0] // len(modules)] * len(modules))
+                for module, part in zip(modules, parts, strict=True):
                     made |= {f"{module}.{suffix}": t for suffix, t in self.tensors(source, layer, part).items()}
+            stored = {f"{layer}.{t}" for layer in layers for t in source.layers[layer].tensors}
             for name, tensor in tensors.items():
+                if name in stored:
+                    continue
                 made |= dict(zip(spelled := source.spell(name), tensor.chunk(len(spelled)), strict=True))
             shard = f"model-{i:05d}-of-{count:05d}.safetensors"
             save_file({name: t.contiguous() for name, t in made.items()}, folder / shard, metadata={"format": "pt"})
@@ -191,17 +195,6 @@ class SafetensorsExport(Export):
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         quantization = self.config(source)
         write_json(folder / "config.json", source.config_json() | ({"quantization_config": quantization} if quantization else {}))
-
-
-def _split(weight: Format, parts: int) -> list[Format]:
-    """Row blocks of a weight: gate and up of an expert, which transformers keeps as one matrix and checkpoints as two."""
-    if parts == 1:
-        return [weight]
-    if not isinstance(weight, IntGroup):
-        return [Dense(W) for W in weight.dequantize().chunk(parts)]
-    zeros = [None] * parts if weight.zeros is None else weight.zero_points().to(torch.uint8).chunk(parts)
-    return [IntGroup.pack(codes, scales, z, weight.bits_per_code, weight.levels)
-            for codes, scales, z in zip(weight.unpack().chunk(parts), weight.scales.chunk(parts), zeros, strict=True)]  # fmt: skip
 
 
 # ---- the uniform integer grids that every consumer of integers shares

@@ -69,7 +69,7 @@ class GGUF(Export):
         for entries, (tensors, _) in zip(_plan(source, types), source.shards(), strict=True):
             for name, kind, _ in entries:
                 if (layer := name.removesuffix(".weight")) in types:
-                    weight = build(source.layers[layer].format, {t: tensors[f"{layer}.{t}"] for t in source.layers[layer].tensors})
+                    weight = build(source.layers[layer].format, {t: tensors[n] for t, n in source.layers[layer].places(layer).items()})
                     data = _blocks(weight, kind) if kind in OFFSET else weight.dequantize(source.model_dtype).view(torch.uint8)
                 else:
                     data = (tensors[name].float() if kind == "F32" else tensors[name]).contiguous().view(torch.uint8)

@@ -6,8 +6,9 @@ A method returns one of these; the artifact stores its tensors and its `meta()`;
 the Format, so a new method needs no new layer class and a new leaf needs one file here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import CompressError
@@ -20,9 +21,23 @@ from .masked import Masked
 from .sparse24 import Sparse24
 from .trellis import Trellis
 
-__all__ = ["Dense", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build"]
+__all__ = ["Dense", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build", "split_rows"]
 
 FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, Masked, Sparse24, Trellis, Sum, Product, Transformed, Scaled)}
+
+
+def split_rows(weight: Format, sizes: Sequence[int]) -> list[Format]:
+    """Row blocks of a weight that was solved as one: of a product the left factor is cut, and all parts hold the same right one."""
+    if isinstance(weight, Product):
+        return [Product((left, *weight.factors[1:])) for left in split_rows(weight.factors[0], sizes)]
+    if not isinstance(weight, IntGroup):
+        return [Dense(W) for W in (weight.weight if isinstance(weight, Dense) else weight.dequantize()).split(list(sizes))]
+    if weight.codes.is_meta:
+        return [IntGroup.planned((m, weight.shape[1]), weight.bits_per_code, weight.group_size, weight.zeros is None, weight.scales.dtype, weight.levels)
+                for m in sizes]  # fmt: skip
+    zeros = [None] * len(sizes) if weight.zeros is None else weight.zero_points().to(torch.uint8).split(list(sizes))
+    return [IntGroup.pack(codes, scales, z, weight.bits_per_code, weight.levels)
+            for codes, scales, z in zip(weight.unpack().split(list(sizes)), weight.scales.split(list(sizes)), zeros, strict=True)]  # fmt: skip
 
 
 def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:

@@ -12,12 +12,12 @@ as good as a ρ that grows at every step. Cost: 4n³, then 2mn² a step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import Stats
+from ..calibration.statistics import Factor, Stats
 from ..errors import CompressError
 from ..formats import Format
 from .masks import SparseIntOptions
@@ -31,8 +31,6 @@ class ADMM(SparseIntOptions):
     scope: Literal["row", "layer"] = "layer"  # without a pattern: as many in every row, or wherever in the layer they matter most
     iterations: int = 40  # rounds of X, Z and U, spread over four values of ρ
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-
     def __post_init__(self):
         super().__post_init__()
         if self.iterations < len(STAGES):
@@ -40,27 +38,32 @@ class ADMM(SparseIntOptions):
 
     def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Format:
         """weight [out, in] fp32 → Masked or Sparse24 of Dense, or of IntGroup with `bits`."""
-        nm, W, factor = self.nm(weight.shape[1], where), self.alive(weight, stats), stats.factor(self.damp, False)
-        if factor.failed:  # told by the factor
-            return finish(W, *sweep(W, factor.U, self), stats, factor, self, stored)
-        theta, keep = self.search(W, stats.hessian, stats.ridge(factor), nm)
-        return finish(W, theta, keep, stats, factor, self, stored)
+        self.nm(weight.shape[1], where)  # refused before anything is computed
+        factor = stats.factor(self.damp, False)
+        return self.solve(*self.task(weight, stats, factor), stats, factor, stored)
 
-    def search(self, W: Tensor, H: Tensor, ridge: Tensor, nm: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    def solve(self, W: Tensor, say: Tensor, stats: Stats, factor: Factor, stored: torch.dtype) -> Format:
+        """Near to W [out, in], of which each weight has its say [out, in]."""
+        if factor.failed:  # told by the factor
+            return finish(W, say, *sweep(W, factor.U, self, say), stats, factor, self, stored)
+        theta, keep = self.search(W, say, stats.hessian, stats.ridge(factor), self.nm(W.shape[1]))
+        return finish(W, say, theta, keep, stats, factor, self, stored)
+
+    def search(self, W: Tensor, say: Tensor, H: Tensor, ridge: Tensor, nm: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """The sparse weight Z and its mask, [out, in]."""
         volume = (H.diagonal() + ridge).sqrt()
         A = H / volume / volume[:, None]
         A.diagonal().fill_(1)
         W = W * volume
         B = W @ A
-        Z, U = W, torch.zeros_like(W)
+        Z, U, live = W, torch.zeros_like(W), say > 0
         for k, rho in enumerate(STAGES):
             A.diagonal().fill_(1 + rho)
             inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
             for _ in range(self.iterations * k // len(STAGES), self.iterations * (k + 1) // len(STAGES)):
                 U += (B + rho * (Z - U)) @ inverse  # X + U
-                keep = self.select(U.abs(), nm)
-                Z = U * keep
+                keep = self.select(U.abs() * say, nm)
+                Z = U * (keep & live)
                 U -= Z
             U *= rho / STAGES[min(k + 1, len(STAGES) - 1)]  # it counts in units of ρ
         return Z / volume, keep

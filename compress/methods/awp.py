@@ -11,7 +11,7 @@ start from Wanda's mask, as they do, and finish with least squares on the mask (
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +28,6 @@ class AWP(SparseIntOptions):
     iterations: int = 100  # gradient steps
     step: Literal["diagonal", "published"] = "diagonal"  # in scaled variables, or the paper's 2/‖H‖_F in the weights as they are
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-
     def __post_init__(self):
         super().__post_init__()
         if self.iterations < 0:
@@ -37,23 +35,25 @@ class AWP(SparseIntOptions):
 
     def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Format:
         """weight [out, in] fp32 → Masked or Sparse24 of Dense, or of IntGroup with `bits`."""
-        nm, W, factor = self.nm(weight.shape[1], where), self.alive(weight, stats), stats.factor(self.damp, False)
+        nm, factor = self.nm(weight.shape[1], where), stats.factor(self.damp, False)
+        W, say = self.task(weight, stats, factor)
         if factor.failed:  # told by the factor
-            return finish(W, *sweep(W, factor.U, self), stats, factor, self, stored)
+            return finish(W, say, *sweep(W, factor.U, self, say), stats, factor, self, stored)
         H, ridge = stats.hessian, stats.ridge(factor)
         h = H.diagonal() + ridge
         if self.step == "diagonal":
             eta, volume = 1 / (h * largest_eigenvalue(H, ridge, h)), h.sqrt()
         else:
             eta, volume = 2 / torch.linalg.matrix_norm(H), torch.ones_like(h)
-        keep = self.select(W.abs() * h.sqrt(), nm)
-        theta = W * keep
+        keep = self.select(W.abs() * h.sqrt() * say, nm)
+        live = say > 0
+        theta = W * (keep & live)
         for _ in range(self.iterations):
             D = W - theta
             theta += (D @ H).addcmul_(ridge, D).mul_(eta)
-            keep = self.select(theta.abs() * volume, nm)
-            theta *= keep
-        return finish(W, theta, keep, stats, factor, self, stored)
+            keep = self.select(theta.abs() * volume * say, nm)
+            theta *= keep & live
+        return finish(W, say, theta, keep, stats, factor, self, stored)
 
 
 def largest_eigenvalue(H: Tensor, ridge: Tensor, h: Tensor, steps: int = 30) -> Tensor:

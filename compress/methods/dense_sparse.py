@@ -12,30 +12,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..calibration.statistics import Stats
 from ..errors import CompressError
-from ..formats import Dense, Product
+from ..formats import Dense, Format, Product
 from .admm import ADMM
 from .support import least_squares
 from .svd import answer, leading
+from .target import TargetOptions
 
 
 @dataclass(frozen=True)
-class DenseSparse:
-    ratio: float = 0.2  # share of the weight's bytes that goes away, mask included
+class DenseSparse(TargetOptions):
+    ratio: float = 0.2  # share of the weight's bytes that goes away, mask included; 0: the weight stays as it is
     atoms: float = 1.2  # columns of the dense factor, relative to the rank that dense factors of the same size would have
     rounds: int = 3  # times that the dictionary is turned and the coefficients are chosen again
     iterations: int = 20  # rounds of ADMM for each choice
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.ratio < 1 or not 1 < self.atoms < math.inf or self.rounds < 0:
             raise CompressError(f"ratio {self.ratio} must be a share from 0 to below 1, atoms {self.atoms} above 1, rounds {self.rounds} at least 0")
 
@@ -49,19 +48,24 @@ class DenseSparse:
             raise CompressError(f"{where}: {q} atoms of [{m}, {n}] leave {left} numbers for {q * n} coefficients; set atoms between 1 and {1 + n / m:.3g}")
         return q, ADMM(sparsity=1 - left / (q * n), iterations=self.iterations, damp=self.damp)
 
-    def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Product:
+    def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Format:
+        if not self.ratio:
+            return Dense(torch.empty(shape, dtype=stored, device="meta"))
         q, pruning = self.coefficients(shape, stored, where)
         return Product((Dense(torch.empty(shape[0], q, dtype=stored, device="meta")), pruning.planned((q, shape[1]), stored, where)))
 
-    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Product:
+    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Format:
         """weight [out, in] fp32 → Product of Dense [out, atoms] and Masked [atoms, in]."""
-        (q, pruning), W, factor = self.coefficients(tuple(weight.shape), stored, where), stats.silence(weight), stats.factor(self.damp, False)
+        if not self.ratio:
+            return Dense(weight.to(stored))
+        (q, pruning), factor = self.coefficients(tuple(weight.shape), stored, where), stats.factor(self.damp, False)
+        W = self.target(weight, stats, factor)
         H, ridge = (torch.zeros_like(factor.U), torch.ones_like(factor.U[0])) if factor.failed else (stats.hessian, stats.ridge(factor))
         Hd = H + ridge.diag()
         D = leading(W @ torch.linalg.cholesky(Hd), q)
         for k in range(self.rounds + 1):
             B = D.T @ W
-            S, keep = pruning.search(B, H, ridge, None)
+            S, keep = pruning.search(B, torch.ones_like(B), H, ridge, None)
             S = least_squares(B, S, keep, H, ridge)
             if k < self.rounds:
                 U, _, V = torch.linalg.svd(W @ Hd @ S.T, full_matrices=False)

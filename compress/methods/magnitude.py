@@ -19,5 +19,7 @@ class Magnitude(SparseOptions):
     needs: ClassVar[frozenset[str]] = frozenset()
 
     def __call__(self, weight: Tensor, stats: Stats | None, *, stored: torch.dtype, where: str = "weight") -> Format:
-        """weight [out, in] → Masked or Sparse24 of Dense. `stats` is not looked at."""
+        """weight [out, in] → Masked or Sparse24 of Dense. `stats` is only told what is odd."""
+        if stats is not None:
+            self.live(weight, stats)
         return self.store(weight, self.select(weight.abs(), self.nm(weight.shape[1], where)), stored)

@@ -16,12 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..calibration.statistics import Stats
+from ..calibration.statistics import Factor, Stats
 from ..errors import CompressError
 from ..formats import Dense, Format, IntGroup, Masked, Sparse24
 from ..formats.int_group import check_group_size
 from ..formats.sparse24 import place_bits
 from .options import IntOptions
+from .target import TargetOptions, importance
 
 
 def top(score: Tensor, count: int) -> Tensor:
@@ -97,16 +98,17 @@ class SparseOptions:
         rows = 1 if self.nm(W.shape[1]) is None and self.scope == "layer" else W.shape[0]
         return self.holding(Dense(W[keep].view(rows, -1).to(stored)), tuple(W.shape), keep)
 
-    def alive(self, W: Tensor, stats: Stats) -> Tensor:
-        """W with the weights of inputs that never were active at 0. What is odd about the task is told."""
-        zeros, nm = float((W == 0).float().mean()), self.nm(W.shape[1])
-        if zeros > 0.01 and zeros > (1 - nm[0] / nm[1] if nm else self.sparsity) - 0.01:
-            stats.note("pruned before", f"{100 * zeros:.1f}% of the weights are 0 already: some of the weights that are kept are among them")
-        return stats.silence(W)
+    def live(self, W: Tensor, stats: Stats) -> Tensor:
+        """bool like W: what may be other than 0. All of it, unless W was pruned before, which is told: what is 0 then stays 0."""
+        zeros = float((W == 0).float().mean())
+        if zeros <= 0.01:
+            return torch.ones_like(W, dtype=torch.bool)
+        stats.note("pruned before", f"{100 * zeros:.1f}% of the weights are 0 already, and stay 0")
+        return W != 0
 
 
 @dataclass(frozen=True)
-class SparseIntOptions(SparseOptions):
+class SparseIntOptions(TargetOptions, SparseOptions):
     """Sparsity, and optionally integers for what is kept."""
 
     bits: Literal[None, 2, 3, 4, 5, 6, 7, 8] = None  # quantize the kept weights too, in the same sweep; None: they stay as the model is stored
@@ -114,12 +116,23 @@ class SparseIntOptions(SparseOptions):
     sym: bool = False  # with bits: True puts zero in the middle, False stores a zero point a group
     sweeps: int = 2  # with bits: rounds of coordinate descent on the codes after the column sweep
     refit: bool = True  # solve the kept weights exactly, by least squares on the mask (before they are quantized)
+    gradient: bool = False  # choose masks by what an error in each output does to the model's loss (where rows compete); False: outputs alike
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
 
     def __post_init__(self):
-        super().__post_init__()
+        SparseOptions.__post_init__(self)
+        TargetOptions.__post_init__(self)
         if not 0 <= self.damp < math.inf or self.sweeps < 0:
             raise CompressError(f"damp {self.damp} and sweeps {self.sweeps} must be numbers from 0 up; 0.01 and 2 are usual")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({"gradient"} if self.gradient else set())
+
+    def task(self, weight: Tensor, stats: Stats, factor: Factor) -> tuple[Tensor, Tensor]:
+        """What to come near to, and what each weight counts in the choice of a mask: 0 where it must stay 0. Both [out, in]."""
+        live = self.live(weight, stats)
+        return self.target(weight, stats, factor), live * importance(weight, stats) if self.gradient else live.to(weight.dtype)
 
     def nm(self, columns: int, where: str = "weight") -> tuple[int, int] | None:
         given = super().nm(columns, where)

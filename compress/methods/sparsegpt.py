@@ -12,7 +12,7 @@ Columns go in the layer's own order, because N:M groups are neighbours. Cost: nÂ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,12 +28,11 @@ class SparseGPT(SparseIntOptions):
     scope: Literal["row", "layer"] = "layer"  # without a pattern: as many in every row, or (the paper) wherever in 128 columns they matter most
     refit: bool = False  # without bits: solve the kept weights exactly afterwards; False: as the paper leaves them
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-
     def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Format:
         """weight [out, in] fp32 â†’ Masked or Sparse24 of Dense, or of IntGroup with `bits`."""
         self.nm(weight.shape[1], where)  # refused before anything is computed
-        W, factor = self.alive(weight, stats), stats.factor(self.damp, False)
+        factor = stats.factor(self.damp, False)
+        W, say = self.task(weight, stats, factor)
         if self.bits:  # zeros and integers in the one sweep
-            return quantize(W, stats, factor, self, stored)
-        return finish(W, *sweep(W, factor.U, self), stats, factor, self, stored)
+            return quantize(W, say, stats, factor, self, stored)
+        return finish(W, say, *sweep(W, factor.U, self, say), stats, factor, self, stored)

@@ -12,37 +12,45 @@ Cost: one eigenproblem of the smaller side.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..calibration.statistics import Stats
 from ..errors import CompressError
-from ..formats import Dense, IntGroup, Product
+from ..formats import Dense, Format, IntGroup, Product
 from ..formats.int_group import check_group_size
 from .gptq import GPTQ
 from .options import IntOptions
+from .target import TargetOptions, importance
 
 STEP = 32  # the rank of quantized factors is a multiple of this, so that a row of A is whole groups
 
 
 @dataclass(frozen=True)
-class SVD:
-    ratio: float = 0.2  # share of the weight's parameters that goes away; the rank is what the others allow
+class SVD(TargetOptions):
+    ratio: float = 0.2  # share of the weight's parameters that goes away, the rank is what the others allow; 0: the weight stays as it is
     rank: int = 0  # a rank, in the place of ratio; 0: by ratio
-    whiten: Literal["cholesky", "asvd", "none"] = "cholesky"  # the norm of the error: of the output, of inputs scaled by loudness, of the weight
+    whiten: Literal["cholesky", "asvd", "inputs", "none"] = "cholesky"  # least error of the output, of inputs scaled by loudness, of the input, of W
     alpha: float = 0.5  # for asvd: the power of the input's loudness
+    gradient: bool = False  # rows count by what an error in their output does to the model's loss; False: outputs alike
+    joint: bool = False  # one right factor for all linears that read the same input (q, k, v; gate, up), stored once; the rank is then theirs together
     refit: bool = True  # solve A anew for the B that is stored, by least squares
     bits: Literal[None, 2, 3, 4, 5, 6, 7, 8] = None  # quantize both factors by GPTQ; None: they have the dtype that the model is stored in
     group_size: int = 128  # with bits: input columns that share a scale; -1: one scale a row
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
 
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | ({"gradient"} if self.gradient else set())
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 <= self.ratio < 1 or self.rank < 0:
             raise CompressError(f"ratio {self.ratio} must be a share from 0 to below 1 and rank {self.rank} at least 0")
+        if self.joint and self.guided:
+            raise CompressError("joint solves q, k and v on one H, guided weighs their tokens apart; set one of the two to false")
 
     def rank_of(self, shape: tuple[int, int], where: str) -> int:
         """The rank for a weight of that shape. Raises CompressError naming the break-even where factors would not save anything."""
@@ -54,28 +62,38 @@ class SVD:
                                 f"{step} to {int(even) // step * step}{f' in steps of {step}' if step > 1 else ''}, or ignore the layer")  # fmt: skip
         return rank
 
-    def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Product:
+    @property
+    def nothing(self) -> bool:
+        """Factors of as many numbers as the weight has would only lose."""
+        return not (self.ratio or self.rank or self.bits)
+
+    def planned(self, shape: tuple[int, int], stored: torch.dtype, where: str) -> Format:
+        if self.nothing:
+            return Dense(torch.empty(shape, dtype=stored, device="meta"))
         (m, n), rank = shape, self.rank_of(shape, where)
         if self.bits is None:
             return Product(tuple(Dense(torch.empty(s, dtype=stored, device="meta")) for s in ((m, rank), (rank, n))))
         plan = lambda m, n, size: IntGroup.planned((m, n), self.bits, size, False, IntOptions.scale_dtype(stored))
         return Product((plan(m, rank, STEP), plan(rank, n, check_group_size(n, self.group_size, where))))
 
-    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Product:
+    def __call__(self, weight: Tensor, stats: Stats, *, stored: torch.dtype, where: str = "weight") -> Format:
         """weight [out, in] fp32 (fp64 in tests) → Product of A [out, rank] and B [rank, in], Dense or IntGroup."""
-        rank, W = self.rank_of(tuple(weight.shape), where), stats.silence(weight)
-        factor, h = stats.factor(self.damp, False), stats.hessian.diagonal()
+        if self.nothing:
+            return Dense(weight.to(stored))
+        rank, factor, h = self.rank_of(tuple(weight.shape), where), stats.factor(self.damp, False), stats.hessian.diagonal()
+        W = self.target(weight, stats, factor)
+        a = importance(W, stats) if self.gradient else torch.ones_like(W[:, :1])
         Hd = torch.eye(len(h), dtype=h.dtype, device=h.device) if factor.failed else stats.hessian + stats.ridge(factor).diag()
-        if self.whiten == "cholesky":
-            K = W @ torch.linalg.cholesky(Hd)
+        if self.whiten == "inputs":
+            B = leading(Hd, rank).T
         else:
-            K = W * h.clamp(min=1e-12 * h.max()).pow(self.alpha / 2) if self.whiten == "asvd" and not factor.failed else W
-        P = leading(K, rank)
+            S = h.clamp(min=1e-12 * h.max()).pow(self.alpha / 2).diag() if self.whiten == "asvd" and not factor.failed else torch.eye(len(h)).to(W)
+            P = leading(a * W @ (torch.linalg.cholesky(Hd) if self.whiten == "cholesky" else S), rank)
+            B = P.T @ (a * W)
         quantize = lambda bits, size: GPTQ(bits=bits, group_size=size, damp=self.damp)
-        B = P.T @ W
         right = quantize(self.bits, self.group_size)(B, stats, stored=stored, where=where) if self.bits else Dense(B.to(stored))
         B = right.dequantize(W.dtype)
-        A = answer(W, B, Hd) if self.refit else P
+        A = answer(W, B, Hd) if self.refit else W @ B.T if self.whiten == "inputs" else P / a
         left = quantize(self.bits, STEP)(A, Stats(B @ Hd @ B.T), stored=stored, where=where) if self.bits else Dense(A.to(stored))
         return Product((left, right))
 

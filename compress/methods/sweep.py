@@ -46,10 +46,13 @@ class Codes:
         return (q - self.zero[k]) * self.scale[k]
 
 
-def sweep(W: Tensor, U: Tensor, options: SparseIntOptions, keep: Tensor | None = None, codes: Codes | None = None) -> tuple[Tensor, Tensor]:
-    """Ŵ and the mask, [out, in], of W [out, in]. A mask that is given stays; `codes` is filled where the kept weights are quantized."""
+def sweep(W: Tensor, U: Tensor, options: SparseIntOptions, say: Tensor, keep: Tensor | None = None, codes: Codes | None = None
+          ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Ŵ and the mask, [out, in], of W [out, in], of which each weight has its `say` [out, in], 0 where it stays 0. A mask that is given stays;
+    `codes` is filled where the kept weights are quantized."""
     n, nm, decide = W.shape[1], options.nm(W.shape[1]), keep is None
-    W = W.T.contiguous()
+    W, say = W.T.contiguous(), say.T.contiguous()
+    live = (say > 0).to(W.dtype)
     keep = torch.zeros_like(W, dtype=torch.bool) if keep is None else keep.T.contiguous()
     step = lcm(nm[1] if nm else 1, codes.size if codes else 1)
     width = step * ceil(BLOCK / step)
@@ -58,7 +61,9 @@ def sweep(W: Tensor, U: Tensor, options: SparseIntOptions, keep: Tensor | None =
         B, V = W[start:stop], U[start:stop, start:stop]  # [b, m], one column of the layer a row
         d = V.diagonal()
         diagonal, price, E = d.tolist(), d**-2, torch.empty_like(B)
-        score = lambda i, j, B=B, d=d: (B[i:j] / d[i:j, None]).square_().T  # of the block's columns i to j, by the weights as they are now
+        def score(i: int, j: int, B=B, d=d, start=start) -> Tensor:  # of the block's columns i to j, by the weights as they are now
+            return (B[i:j] / d[i:j, None]).mul_(say[start + i : start + j]).square_().T
+
         if decide and not nm:
             keep[start:stop] = options.select(score(0, stop - start), nm, start).T
         with one_thread(B):
@@ -68,10 +73,11 @@ def sweep(W: Tensor, U: Tensor, options: SparseIntOptions, keep: Tensor | None =
                     group = slice(i, i + codes.size)
                     if decide:
                         keep[j : j + codes.size] = options.select(score(i, i + codes.size), nm).T
-                    codes.fit(j // codes.size, B[group], keep[j : j + codes.size], price[group])
+                    codes.fit(j // codes.size, B[group] * live[j : j + codes.size], keep[j : j + codes.size], price[group])
                 if decide and nm and j % nm[1] == 0:
                     keep[j : j + nm[1]] = options.select(score(i, i + nm[1]), nm).T
-                q = (codes.nearest(j, B[i]) if codes else B[i]) * keep[j]
+                q = B[i] * live[j]
+                q = (codes.nearest(j, q) if codes else q) * keep[j]
                 E[i] = e = (B[i] - q) / diagonal[i]
                 B[i + 1 :].addr_(V[i, i + 1 :], e, alpha=-1)
                 B[i] = q
@@ -79,17 +85,17 @@ def sweep(W: Tensor, U: Tensor, options: SparseIntOptions, keep: Tensor | None =
     return W.T.contiguous(), keep.T.contiguous()
 
 
-def quantize(W: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions, stored: torch.dtype, keep: Tensor | None = None) -> Format:
+def quantize(W: Tensor, say: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions, stored: torch.dtype, keep: Tensor | None = None) -> Format:
     """Sparse and quantized in one sweep, on a given mask or choosing it, then descent on the codes that are kept. W [out, in]."""
     (m, n), bits, scale_dtype = W.shape, options.bits, IntOptions.scale_dtype(stored)
     assert bits is not None
     c = Codes(m, n, check_group_size(n, options.group_size, "weight"), bits, options.sym, scale_dtype, W)
-    _, keep = sweep(W, factor.U, options, keep, c)
+    _, keep = sweep(W, factor.U, options, say, keep, c)
     if options.sweeps and not factor.failed:
-        kept, size = keep.T.contiguous(), n // len(c.scale)
+        kept, live, size = keep.T.contiguous(), (say.T > 0).to(W.dtype).contiguous(), n // len(c.scale)
 
         def project(j: int, w: Tensor) -> tuple[Tensor, Tensor]:  # what is pruned stays 0, whatever its code
-            code, value = c.grid.project(w, c.scale[j // size], c.zero[j // size])
+            code, value = c.grid.project(w * live[j], c.scale[j // size], c.zero[j // size])
             return code, value * kept[j]
 
         Q = c.codes.to(W.dtype).view(-1, size, m).sub_(c.zero[:, None]).mul_(c.scale[:, None]).view(n, m).mul_(kept)
@@ -99,13 +105,13 @@ def quantize(W: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions,
     return options.holding(IntGroup.pack(codes, c.scale.T.to(scale_dtype).contiguous(), zeros, bits), (m, n), keep)
 
 
-def finish(W: Tensor, start: Tensor, keep: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions, stored: torch.dtype) -> Format:
+def finish(W: Tensor, say: Tensor, start: Tensor, keep: Tensor, stats: Stats, factor: Factor, options: SparseIntOptions, stored: torch.dtype) -> Format:
     """A mask that a method has settled on, from the values `start` [out, in]: least squares, then integers or not, and the format.
 
     Integers are swept from the least-squares solution: no gradient is left on the mask there, so the error is that of the mask plus the distance
     from it, and no column has to make up for zeros that come later."""
     if keep.all():
-        start = W  # nothing is missing: bit for bit what it was
+        start = W * (say > 0)  # nothing is missing: bit for bit what it was
     elif options.refit and not factor.failed:
-        start = least_squares(W, start, keep, stats.hessian, stats.ridge(factor))
-    return quantize(start, stats, factor, options, stored, keep) if options.bits else options.store(start, keep, stored)
+        start = least_squares(W, start, keep & (say > 0), stats.hessian, stats.ridge(factor))
+    return quantize(start, say, stats, factor, options, stored, keep) if options.bits else options.store(start, keep, stored)

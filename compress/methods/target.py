@@ -12,10 +12,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..calibration.statistics import Factor, Stats
 from ..errors import CompressError
+
+
+def importance(weight: Tensor, stats: Stats) -> Tensor:
+    """[out, 1]: √ of the mean squared gradient at each output, up to a factor; 1 where no gradient was measured, which is told."""
+    if stats.gradient is None:
+        stats.note("outputs not weighed", "no gradient reaches it, or it sees routed tokens")
+        return torch.ones_like(weight[:, :1])
+    return stats.gradient.to(weight).clamp(min=1e-6 * float(stats.gradient.mean()))[:, None].sqrt()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Side by side with llm-compressor's GPTQ: the same model, tokens, bits and machine, one after the other, in fresh processes.
+"""Side by side with llm-compressor's GPTQ, SparseGPT and Wanda: the same model, tokens, bytes and machine, one after the other, in fresh processes.
 
     python -m venv peer && peer/bin/pip install torch==2.13.0 && peer/bin/pip install llmcompressor
     python -m compress.eval.bench.peer --peer peer/bin/python --model ../shared/yardstick/llama-16m \\
-        --calibration ../shared/yardstick/wikitext2-valid.txt --evaluation ../shared/yardstick/wikitext2-test.txt
+        --calibration ../shared/yardstick/wikitext2-valid.txt --evaluation ../shared/yardstick/wikitext2-test.txt --grids 4:128 --sparse 0.5 2:4
 
 Seconds are given twice: of the whole process (imports, tokenising, writing) and of the peer's compression call alone. Both results are evaluated by
 the same code in this process: fp32 arithmetic, the peer's weights as its own dequantization left them in memory.
@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import compress
@@ -29,15 +31,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-model_path, tokens_path, out, bits, group = sys.argv[1:6]
+model_path, tokens_path, out, method, asked = sys.argv[1:6]
 tokens = load_file(tokens_path)["tokens"]
 model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
 data = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens).tolist()})
-scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
-    num_bits=int(bits), type="int", symmetric=False, strategy="group", group_size=int(group)))
+n, _, m = asked.partition(":")
+if method == "gptq":
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
+        num_bits=int(n), type="int", symmetric=False, strategy="group", group_size=int(m)))
+    modifier = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+else:
+    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[method](
+        sparsity=1 - int(n) / int(m) if m else float(n), mask_structure=asked if m else "0:0", targets=["Linear"], ignore=["re:.*lm_head"])
 started = time.perf_counter()
-oneshot(model=model, dataset=data, recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
+oneshot(model=model, dataset=data, recipe=modifier,
         num_calibration_samples=len(tokens), max_seq_length=tokens.shape[1])
 call = time.perf_counter() - started
 names = set(AutoModelForCausalLM.from_pretrained(model_path).state_dict())
@@ -48,37 +57,50 @@ print(json.dumps({"call_seconds": call, "seconds": time.perf_counter() - began})
 """
 
 
-def ours(model: str, calibration: str, bits: int, group: int, out: Path, settings: list[str], samples: int, seqlen: int) -> dict:
+def ours(a: argparse.Namespace, recipe: str, settings: list[str], out: Path) -> dict:
     """`compress run` as a user would type it, timed from outside."""
-    command = [sys.executable, "-m", "compress", "run", model, "-o", str(out), "--recipe", "w4-gptq", "--calibration", f"file:{calibration}",
-               "--samples", str(samples), "--seqlen", str(seqlen), "--overwrite", "--json", str(out.with_suffix(".json")),
-               *(f"--set={s}" for s in [f"gptq.bits={bits}", f"gptq.group_size={group}", *settings])]  # fmt: skip
+    command = [sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", recipe, "--calibration", f"file:{a.calibration}",
+               "--samples", str(a.samples), "--seqlen", str(a.seqlen), "--overwrite", "--json", str(out.with_suffix(".json")),
+               *(f"--set={s}" for s in settings)]  # fmt: skip
     started = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     seconds = time.perf_counter() - started
     return {"seconds": seconds, "call_seconds": json.loads(out.with_suffix(".json").read_text())["seconds"]}
 
 
-def theirs(python: str, model: str, calibration: str, bits: int, group: int, out: Path, samples: int, seqlen: int) -> dict:
+def theirs(a: argparse.Namespace, method: str, asked: str, out: Path) -> dict:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
     from compress.calibration.data import load_calibration
 
-    data = load_calibration(f"file:{calibration}", AutoTokenizer.from_pretrained(model), samples=samples, seqlen=seqlen)
+    data = load_calibration(f"file:{a.calibration}", AutoTokenizer.from_pretrained(a.model), samples=a.samples, seqlen=a.seqlen)
     out.mkdir(parents=True)
     save_file({"tokens": data.tokens}, out / "tokens.safetensors")
     started = time.perf_counter()
-    child = subprocess.run([python, "-c", PEER, model, str(out / "tokens.safetensors"), str(out), str(bits), str(group)],
-                           capture_output=True, text=True, cwd="/")  # fmt: skip
+    child = subprocess.run([a.peer, "-c", PEER, a.model, str(out / "tokens.safetensors"), str(out), method, asked], capture_output=True, text=True, cwd="/")
     if child.returncode:
         raise SystemExit(f"the peer failed:\n{child.stderr[-3000:]}")
     seconds = time.perf_counter() - started
-    for file in Path(model).iterdir():
+    for file in Path(a.model).iterdir():
         if file.suffix in (".json", ".model", ".txt") and not file.name.endswith(".index.json"):
             (out / file.name).write_bytes(file.read_bytes())
     (out / "tokens.safetensors").unlink()
     return json.loads(child.stdout.strip().splitlines()[-1]) | {"seconds": seconds}
+
+
+def tasks(a: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[Path], dict]]]:
+    """(who, what, how): a row of the table each."""
+    for grid in a.grids:
+        bits, _, group = grid.partition(":")
+        yield "compress", f"int{bits} g{group}", partial(ours, a, "w4-gptq", [f"gptq.bits={bits}", f"gptq.group_size={group}", *a.set])
+        if a.peer:
+            yield "llm-compressor GPTQ", f"int{bits} g{group}", partial(theirs, a, "gptq", grid)
+    for asked in a.sparse:
+        recipe = ("sparse-2of4", [f"admm.pattern={asked}"]) if ":" in asked else ("sparse-50", [f"admm.sparsity={asked}"])
+        yield "compress", f"sparse {asked}", partial(ours, a, recipe[0], [*recipe[1], *a.set])
+        for method in ("SparseGPT", "Wanda") if a.peer else ():
+            yield f"llm-compressor {method}", f"sparse {asked}", partial(theirs, a, method.lower(), asked)
 
 
 def main() -> None:
@@ -87,7 +109,8 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--evaluation", required=True, nargs="+")
     parser.add_argument("--peer", help="python of an environment with llm-compressor; without it only ours is measured")
-    parser.add_argument("--grids", nargs="+", default=["4:128", "3:128", "2:64"], help="bits:group_size")
+    parser.add_argument("--grids", nargs="*", default=["4:128", "3:128", "2:64"], help="bits:group_size")
+    parser.add_argument("--sparse", nargs="*", default=[], help="shares of zeros or N:M patterns, e.g. 0.5 2:4")
     parser.add_argument("--set", nargs="*", default=[], help="options of ours, e.g. gptq.sweeps=2")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--windows", type=int, nargs="+", default=[192, 64], help="evaluation windows, one number a text")
@@ -96,20 +119,18 @@ def main() -> None:
     a = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for bits, group in (map(int, grid.split(":")) for grid in a.grids):
-            for name in ["compress"] + (["llm-compressor"] if a.peer else []):
-                out = Path(folder) / f"{name}-{bits}"
-                timing = (ours(a.model, a.calibration, bits, group, out, a.set, a.samples, a.seqlen) if name == "compress" else
-                          theirs(a.peer, a.model, a.calibration, bits, group, out, a.samples, a.seqlen))  # fmt: skip
-                row = {"name": name, "bits": bits, "group_size": group, **timing}
-                for text, windows in zip(a.evaluation, a.windows, strict=False):
-                    e = compress.evaluate(str(out), a.model, f"file:{text}", samples=windows, seqlen=a.seqlen, show=False)
-                    row[Path(text).stem] = {"perplexity": e["perplexity"]["token"], "kl": e["kl"], "top1": e["top1"],
-                                            "original": e["reference"]["perplexity"]["token"]}  # fmt: skip
-                rows.append(row)
-                texts = "  ".join(f"{Path(t).stem}: ppl {row[Path(t).stem]['perplexity']:.3f} KL {row[Path(t).stem]['kl']['mean']:.5f} "
-                                  f"top-1 {row[Path(t).stem]['top1']['agreement']:.4f}" for t in a.evaluation)  # fmt: skip
-                print(f"{name:15} int{bits} g{group:<4} {timing['seconds']:6.1f} s (call {timing['call_seconds']:6.1f} s)  {texts}", flush=True)
+        for name, what, make in tasks(a):
+            out = Path(folder) / f"{name}-{what}".replace(" ", "-").replace(":", "of")
+            timing = make(out)
+            row = {"name": name, "what": what, **timing}
+            for text, windows in zip(a.evaluation, a.windows, strict=False):
+                e = compress.evaluate(str(out), a.model, f"file:{text}", samples=windows, seqlen=a.seqlen, show=False)
+                row[Path(text).stem] = {"perplexity": e["perplexity"]["token"], "kl": e["kl"], "top1": e["top1"],
+                                        "original": e["reference"]["perplexity"]["token"]}  # fmt: skip
+            rows.append(row)
+            texts = "  ".join(f"{Path(t).stem}: ppl {row[Path(t).stem]['perplexity']:.3f} KL {row[Path(t).stem]['kl']['mean']:.5f} "
+                              f"top-1 {row[Path(t).stem]['top1']['agreement']:.4f}" for t in a.evaluation)  # fmt: skip
+            print(f"{name:24} {what:11} {timing['seconds']:6.1f} s (call {timing['call_seconds']:6.1f} s)  {texts}", flush=True)
     if a.json:
         a.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,16 +21,20 @@ from pathlib import Path
 import compress
 
 
+def spec(text: str) -> str:
+    return f"file:{text}" if Path(text).is_file() else text
+
+
 def row(recipe: str, a: argparse.Namespace, folder: Path) -> str:
-    name, *settings = recipe.split(":")
+    name, *settings = re.split(r":(?=[\w-]+\.\w)", recipe)  # not in NAME:admm.pattern=2:4
     out, report = folder / recipe.replace("/", "-"), folder / "report.json"
     options = ["--samples", str(a.samples), "--seqlen", str(a.seqlen), "--json", str(report), *(f"--set={s}" for s in settings)]
-    subprocess.run([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", f"file:{a.calibration}", *options],
+    subprocess.run([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", spec(a.calibration), *options],
                    check=True, capture_output=True)  # fmt: skip
     made = json.loads(report.read_text())
     cells = [f"`{recipe}`"]
     for text, windows in zip(a.evaluation, a.windows, strict=True):
-        e = compress.evaluate(str(out), a.model, f"file:{text}", samples=windows, seqlen=a.seqlen, show=False)
+        e = compress.evaluate(str(out), a.model, spec(text), samples=windows, seqlen=a.seqlen, show=False)
         cells.append(f"{e['perplexity']['token']:.3f} · {e['kl']['mean']:.5f} ± {e['kl']['stderr']:.5f} · {e['top1']['agreement']:.4f}")
     cells[1:1] = [f"{e['bits_per_weight']['linear']:.2f}"]
     return "| " + " | ".join([*cells, f"{made['seconds']:.0f}", f"{made['peak_rss'] / 1e6:.0f}"]) + " |"
@@ -38,8 +43,8 @@ def row(recipe: str, a: argparse.Namespace, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True, nargs="+")
+    parser.add_argument("--calibration", required=True, help="a file, or a SPEC")
+    parser.add_argument("--evaluation", required=True, nargs="+", help="files, or SPECs")
     parser.add_argument("--recipes", required=True, nargs="+", help="NAME or NAME:METHOD.OPTION=VALUE[:…]")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
