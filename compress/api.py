@@ -9,6 +9,7 @@ import platform
 import re
 import shutil
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,25 +18,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from . import artifact, importing, preflight, progress, transforms, verification
+from . import allocate, artifact, importing, preflight, progress, transforms, verification
 from . import distill as _distill
 from . import recipe as _recipe
-from .artifact import MANIFEST, PARTIAL, PROBE, PROBE_KEPT, PROBE_TOKENS, Manifest, Writer, read_manifest, strictly
+from .allocate import Allocation
+from .artifact import MANIFEST, PARTIAL, PROBE, PROBE_KEPT, PROBE_TOKENS, Manifest, Writer, fingerprint, read_manifest, strictly, write_json
 from .calibration.data import CalibrationSet, load_calibration
 from .calibration.guidance import guide
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
+from .diagnose import Diagnosis
+from .diagnose import diagnose as _diagnose
 from .errors import CompressError
 from .eval import compare as _compare
 from .experts import fused_experts
 from .export import Exported
 from .export import write as _export
+from .formats import build
 from .heal import heal as _heal
 from .healing.options import Heal
+from .judge import Judge
 from .linear import CompressedLinear
 from .preflight import SCHEDULE_WINDOWS, Plan
 from .schedule import scheduled
@@ -79,11 +87,14 @@ class Report:
 
 
 def plan(model: str, recipe: str | dict | _recipe.Recipe = "w4-gptq", *, settings: list[str] | dict | None = None, samples: int = 128,
-         seqlen: int = 512, dtype: str = "auto", uniform: bool = False, trust_remote_code: bool = False) -> Plan:  # fmt: skip
-    """What `run` would make and cost: bytes (exact), RAM and time (estimates), layer by layer. Reads headers only."""
+         seqlen: int = 512, dtype: str = "auto", uniform: bool = False, probe: bool = False, trust_remote_code: bool = False) -> Plan:  # fmt: skip
+    """What `run` would make and cost: bytes (exact), RAM and time (estimates), layer by layer, and who could load it. Reads headers only;
+    probe=True also solves one real layer with each of the recipe's methods, for a better time."""
     chosen = _evenly(uniform, _recipe.load(recipe).with_options(settings or []))
-    source = Checkpoint(model, dtype=_dtype(dtype, model, "cpu"), trust_remote_code=trust_remote_code)
-    return preflight.make(chosen.viewed(_uniform(uniform, chosen.guessed(source))), chosen, samples=samples, seqlen=seqlen)
+    source = Checkpoint(model, trust_remote_code=trust_remote_code, headers_only=not probe)
+    source.dtype = _computed(dtype, source.stored_dtype, "cpu")
+    source = chosen.viewed(_uniform(uniform, chosen.guessed(source)))
+    return preflight.make(source, chosen, samples=samples, seqlen=seqlen, batch=max(1, BATCH_TOKENS // seqlen), probe=probe)
 
 
 def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", calibration: str | CalibrationSet = "stdlib", output: str | Path = "out", *,
@@ -226,6 +237,80 @@ def heal(path: str, teacher: str, data: str | CalibrationSet = "stdlib", output:
           overwrite=overwrite, show=show)  # fmt: skip
     manifest = read_manifest(Path(output))
     return Report(str(output), manifest, time.perf_counter() - started, 0, _peak_rss())
+
+
+def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str | Path = "out", *, size: str | int | None = None,
+         bits: float | None = None, consumer: str = "ours", menu: str | Path | list[dict] | None = None, samples: int = 128, seqlen: int = 512,
+         seed: int = 0, windows: int = 8, rounds: int = 0, tries: int = 16, plan_only: bool = False, device: str = "auto", dtype: str = "auto",
+         strict: bool = False, overwrite: bool = False, trust_remote_code: bool = False, show: bool = True) -> Allocation:  # fmt: skip
+    """Spend a budget where it counts (allocate.py), then `run` the recipe that comes of it.
+
+    size: bytes of the whole artifact ("4GB"), or bits: mean bits per weight of the linears, scales included; one of the two. consumer: what is to load the
+    result (ours, vllm, gptq, awq, gguf). menu: other choices than the consumer's own: a name of allocate.MENUS, a YAML file or a list of steps. windows: of
+    the calibration text, on which divergences are measured; rounds and tries: of the search. Beside the output go OUT.plan.json, OUT.recipe.yaml,
+    OUT.pareto.png and sensitivities-HASH/, which the next budget for the same model, menu and text finds again.
+    Raises CompressError on bad input, and where the menu has nothing that small.
+    """
+    if (size is None) == (bits is None):
+        raise CompressError("give a budget: size (bytes of the whole artifact, e.g. 4GB) or bits (a weight, e.g. 3.5), one of the two")
+    device, folder = _device(device), Path(output)
+    source = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
+    shapes = {name: shape for name, _, shape in preflight.linears(source)}
+    parameters = sum(m * n for m, n in shapes.values())
+    rest = sum(e.nbytes for e in source.entries.values()) - sum(m * n * source.dtype_of(f"{name}.weight").itemsize for name, (m, n) in shapes.items())
+    budget = int(bits * parameters / 8) if bits is not None else allocate.parse_size(size or 0) - rest
+    chosen = allocate.menu_for(consumer, menu, 8 * budget / parameters)
+    if budget < (least := allocate.smallest(source, chosen, shapes)):
+        raise CompressError(f"{model}: the menu's smallest choices take {8 * least / parameters:.2f} bits a weight, {(least + rest) / 1e6:.1f} MB with what is "
+                            f"not compressed; the budget is {8 * budget / parameters:.2f} bits, {(budget + rest) / 1e6:.1f} MB")  # fmt: skip
+    data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
+        calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, model=_whole(source) if calibration == "self" else None)  # fmt: skip
+    _fits(data, source.config, _vocabulary(source), model)
+    identity = {"source": source.digest(), "menu": [chosen.steps, chosen.fused, chosen.uniform], "calibration": _digest(data), "dtype": str(source.dtype)[6:],
+                "device": torch.device(device).type, "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
+    cache = folder.absolute().parent / f"sensitivities-{fingerprint(identity)[:16]}"
+    with artifact.writing(folder.absolute().parent):
+        cache.mkdir(parents=True, exist_ok=True)
+    batch, watch = max(1, BATCH_TOKENS // data.tokens.shape[1]), lambda todo, what: progress.steps(todo, what, show)
+    groups = allocate.survey(source, chosen, Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=cache), cache, watch)
+    exact = Checkpoint(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    judge = Judge(exact, data.tokens[:windows], None if data.mask is None else data.mask[:windows], batch=batch, device=device, folder=cache)
+    found = allocate.allocate(source, chosen, groups, judge, budget, cache / f"kl-{windows}.json", consumer=consumer, rounds=rounds, tries=tries, watch=watch)
+    if chosen.export and (refused := preflight.make(source, found.recipe).consumers[chosen.export]):
+        raise CompressError(f"{model}: {chosen.export}, which {consumer} reads, cannot hold it: {refused}")
+    if not plan_only:
+        found.report = run(model, found.recipe, data, output, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, strict=strict,
+                           overwrite=overwrite, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
+        found.artifact_kl = judge(_weights(folder, found.report.manifest))
+    beside = lambda suffix: log_path(folder).with_name(f"{folder.resolve().name}.{suffix}")
+    with artifact.writing(cache.parent):
+        beside("recipe.yaml").write_text(yaml.safe_dump(found.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=150))
+        allocate.draw(found, beside("pareto.png"))
+    write_json(beside("plan.json"), found.to_json())
+    return found
+
+
+def diagnose(model: str, calibration: str | CalibrationSet = "stdlib", *, samples: int = 32, seqlen: int = 512, seed: int = 0, windows: int = 4,
+             device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False, show: bool = True) -> Diagnosis:  # fmt: skip
+    """Which layers are sensitive, which have outliers, and what to try (diagnose.py). windows: of the text, on which divergences are measured.
+
+    Nothing is written. Raises CompressError on bad input.
+    """
+    device = _device(device)
+    source = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
+    data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
+        calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, model=_whole(source) if calibration == "self" else None)  # fmt: skip
+    _fits(data, source.config, _vocabulary(source), model)
+    with tempfile.TemporaryDirectory() as folder:
+        return _diagnose(source, data.tokens, data.mask, windows=windows, batch=max(1, BATCH_TOKENS // data.tokens.shape[1]), device=device,
+                         folder=Path(folder), watch=lambda todo, what: progress.steps(todo, what, show))  # fmt: skip
+
+
+def _weights(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor | None]:
+    """The compressed linears of an artifact as matrices [out, in]."""
+    shards = {t.shard: load_file(folder / t.shard) for t in manifest.tensors.values() if t.shard.startswith("block-")}
+    tensors = {name: t for shard in shards.values() for name, t in shard.items()}
+    return {name: build(r.format, {t: tensors[place] for t, place in r.places(name).items()}).dequantize() for name, r in manifest.layers.items()}
 
 
 def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
@@ -405,11 +490,14 @@ def _named(dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _dtype(dtype: str, model: str, device: str) -> torch.dtype | None:
+def _dtype(dtype: str, model: str, device: str) -> torch.dtype:
+    return _named(dtype) if dtype != "auto" else _computed(dtype, dominant_dtype(read_headers(resolve(model))), device)
+
+
+def _computed(dtype: str, stored: torch.dtype, device: str) -> torch.dtype:
     """auto: the checkpoint's own precision where the device computes in it at speed, else float32."""
     if dtype != "auto":
         return _named(dtype)
-    stored = dominant_dtype(read_headers(resolve(model)))
     if torch.device(device).type != "cpu":
         return stored
     fast_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -77,14 +78,25 @@ def resolve(model: str, *, weights: bool = True) -> Path:
                             "check the name, the network, or HF_HOME") from error  # fmt: skip
 
 
+def hub_headers(model: str) -> dict[str, Entry]:
+    """The stored tensors of a hub id, from the first bytes of each of its safetensors files."""
+    try:
+        files = get_safetensors_metadata(model).files_metadata
+        return {name: Entry(file, SAFETENSORS_DTYPES[t.dtype], tuple(t.shape)) for file, f in files.items() for name, t in f.tensors.items()}
+    except Exception as error:  # as above; and NotASafetensorsRepoError
+        raise CompressError(f"{model}: its safetensors headers cannot be read from the hub ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+
+
 class Checkpoint:
     """Lazy view of a causal language model on disk. `dtype` is the dtype blocks compute in; stored tensors are read as they are."""
 
-    def __init__(self, model: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
-        self.name, self.path, self.trust_remote_code = model, resolve(model), trust_remote_code
+    def __init__(self, model: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, headers_only: bool = False):
+        """headers_only: of a hub id download no weights, only the headers of its safetensors files: enough to plan with."""
+        remote = headers_only and not Path(model).is_dir()
+        self.name, self.path, self.trust_remote_code = model, resolve(model, weights=not remote), trust_remote_code
         if not (self.path / "config.json").is_file():
             raise CompressError(f"{model}: not a model folder: config.json is missing; download it next to the weights")
-        self.entries = read_headers(self.path)
+        self.entries = hub_headers(model) if remote else read_headers(self.path)
         try:
             self.config = AutoConfig.from_pretrained(self.path, trust_remote_code=trust_remote_code)
         except (ValueError, OSError, KeyError, StrictDataclassError) as error:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import api, demo, recipe
+from .allocate import CONSUMERS, MENUS
 from .artifact import PARTIAL
 from .calibration.data import SPECS
 from .errors import CompressError
@@ -65,20 +66,24 @@ def duration(seconds: float) -> str:
 
 @app.command()
 def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, samples: Samples = 128, seqlen: Seqlen = 512, dtype: DType = "auto",
+         probe: Annotated[bool, typer.Option("--probe", help="Solve one real layer with each method, for a better estimate of the time")] = False,
          uniform: Uniform = False, trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """What a run would make and cost, before an hour is spent: bytes, RAM, disk, time, layer by layer.
 
     compress plan Qwen/Qwen3-0.6B --recipe w4-gptq
     """
-    p = api.plan(model, recipe, settings=set_, samples=samples, seqlen=seqlen, dtype=dtype, uniform=uniform, trust_remote_code=trust_remote_code)
+    p = api.plan(model, recipe, settings=set_, samples=samples, seqlen=seqlen, dtype=dtype, uniform=uniform, probe=probe,
+                 trust_remote_code=trust_remote_code)
     table = Table("layer", "shape", "method", "format", "before", "after", "bits")
     for r in p.layers:
         table.add_row(r.name, f"{r.shape[0]}×{r.shape[1]}", r.method or "kept", r.describe, size(r.bytes_before), size(r.bytes_after), f"{r.bits:.3f}")
     out.print(table)
     out.print(f"{p.model} with {p.recipe}: {size(p.bytes_before)} → {size(p.bytes_after)}, {p.linear_bits:.2f} bits per compressed weight, "
               f"{p.model_bits:.2f} over all {p.parameters / 1e6:.1f} M parameters", highlight=False)  # fmt: skip
-    out.print(f"peak RAM about {size(p.peak_ram)} above the interpreter, disk {size(p.disk)}, time about {duration(p.seconds)} on this machine",
-              highlight=False)  # fmt: skip
+    out.print(f"peak RAM about {size(p.peak_ram)} above what importing torch and transformers takes, disk {size(p.disk)}, time about "
+              f"{duration(p.seconds)} on this machine", highlight=False)  # fmt: skip
+    for to, reason in p.consumers.items():
+        out.print(f"{to}: {'loads it' if not reason else 'no: ' + reason}", highlight=False, markup=False, soft_wrap=True)
     for warning in p.warnings:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
     save(json_, p.to_json())
@@ -104,6 +109,72 @@ def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help
     _healed(report)
     out.print(f"next: compress verify {output} && compress eval {output} --reference {model}", highlight=False, soft_wrap=True)
     save(json_, report.to_json())
+
+
+@app.command()
+def auto(model: Model, output: Annotated[str, typer.Option("--output", "-o", help="Folder of the artifact")],
+         size_: Annotated[str | None, typer.Option("--size", help="Budget: bytes of the whole artifact, e.g. 4GB")] = None,
+         bits: Annotated[float | None, typer.Option(help="Budget: bits per weight of the linears, scales included, e.g. 3.5")] = None,
+         calibration: Annotated[str, typer.Option("--calibration", "-c", help=f"SPEC: {', '.join(SPECS)}")] = "stdlib",
+         consumer: Annotated[str, typer.Option("--for", help=f"What is to load it: {', '.join(CONSUMERS)}")] = "ours",
+         menu: Annotated[str | None, typer.Option(help=f"Other choices: {', '.join(MENUS)}, or a YAML file with a list of steps")] = None,
+         plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before compressing: the plan, the recipe and the curve")] = False,
+         samples: Samples = 128, seqlen: Seqlen = 512, seed: Seed = 0,
+         windows: Annotated[int, typer.Option(min=1, help="Calibration windows on which divergences are measured")] = 8,
+         rounds: Annotated[int, typer.Option(min=0, help="Times that every layer's next step is measured where it would be taken")] = 0,
+         tries: Annotated[int, typer.Option(min=0, help="Pairs of layers that may trade bits, each judged by the true KL")] = 16,
+         device: Device = "auto", dtype: DType = "auto", strict: Annotated[bool, typer.Option("--strict", help="Fail on any fallback")] = False,
+         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
+         trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Spend a budget of bytes on the layers that need it: measures what each choice does to each layer, then runs the best mixture.
+
+    compress auto Qwen/Qwen3-0.6B --bits 3.5 -o out -c wikitext2      |      compress auto MODEL --size 4GB -o out --for vllm --plan-only
+    """
+    a = api.auto(model, calibration, output, size=size_, bits=bits, consumer=consumer, menu=menu, samples=samples, seqlen=seqlen, seed=seed,
+                 windows=windows, rounds=rounds, tries=tries, plan_only=plan_only, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
+                 trust_remote_code=trust_remote_code)  # fmt: skip
+    table = Table("group", "linears", "format", "bits", "bytes", "KL alone")
+    for g in a.groups:
+        table.add_row(g["name"], str(g["linears"]), g["format"], f"{g['bits']:.3f}", str(g["bytes"]), f"{g['damage']:.2e}")
+    out.print(table)
+    out.print(f"{a.bits:.3f} bits a weight, {size(a.nbytes)} of {size(a.budget)} for the linears; KL on {windows} calibration windows: predicted "
+              f"{a.predicted:.5f}, measured {a.before:.5f}, after the search {a.kl:.5f} ({a.trials} trials)"
+              + (f", of the artifact {a.artifact_kl:.5f}" if a.report else ""), highlight=False, soft_wrap=True)  # fmt: skip
+    if a.report:
+        out.print(str(a.report), highlight=False, soft_wrap=True)
+        _fallbacks(a.report.fallbacks)
+    out.print(f"written: {output}.plan.json, {output}.recipe.yaml (compress run -r takes it), {output}.pareto.png", highlight=False, soft_wrap=True)
+    save(json_, a.to_json())
+
+
+@app.command()
+def diagnose(model: Model, calibration: Annotated[str, typer.Option("--calibration", "-c", help=f"SPEC: {', '.join(SPECS)}")] = "stdlib",
+             samples: Samples = 32, seqlen: Seqlen = 512, seed: Seed = 0,
+             windows: Annotated[int, typer.Option(min=1, help="Windows on which divergences are measured")] = 4,
+             device: Device = "auto", dtype: DType = "auto", trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Which layers are sensitive at 4, 3 and 2 bits, which have outliers, and what to try, with figures.
+
+    compress diagnose Qwen/Qwen3-0.6B -c wikitext2 --json diagnosis.json
+    """
+    d = api.diagnose(model, calibration, samples=samples, seqlen=seqlen, seed=seed, windows=windows, device=device, dtype=dtype,
+                     trust_remote_code=trust_remote_code)  # fmt: skip
+    table = Table("inputs of", "kurtosis", "max-norm", "loudest/median", "dead", "weights' kurtosis", title="what the linears read")
+    for s in d.sites:
+        table.add_row(s.name, f"{s.kurtosis:.1f}", f"{s.max_norm:.2f}", f"{s.loudest:.1f}", str(s.dead), f"{s.weight_kurtosis:.1f}")
+    out.print(table)
+    table = Table("behind", "excess kurtosis", "max-norm", "massive tokens", "influence", title="the residual stream")
+    for b in d.blocks:
+        table.add_row(b.name, f"{b.excess:.2f}", f"{b.max_norm:.2f}", str(b.massive), f"{b.influence:.3f}")
+    out.print(table)
+    table = Table("group", "weights", "4 bits", "3 bits", "2 bits", "share at 3 bits", title="KL of the whole model with this alone compressed, nats a token")
+    for r in d.sensitivity:
+        cells = [f"{r['damage'][k]:.2e}" if k in r["damage"] else "–" for k in (4, 3, 2)]
+        table.add_row(r["name"], f"{r['parameters'] / 1e6:.2f} M", *cells, f"{r['damage'].get(3, 0) / d.total[3]:.1%}")
+    table.add_row("all (sum)", "", *(f"{d.total[k]:.2e}" for k in (4, 3, 2)), "")
+    out.print(table)
+    for n, line in enumerate(d.advice, 1):
+        out.print(f"{n}. {line}", highlight=False, soft_wrap=True)
+    save(json_, d.to_json())
 
 
 def _fallbacks(fallbacks) -> None:

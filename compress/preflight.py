@@ -1,7 +1,8 @@
 """Plan: what a run will make and cost, from the configuration and the safetensors headers, before a weight is read.
 
 Bytes are exact: each method builds its format on the meta device and weighs it. Memory and time are estimates: the largest things that are
-resident together, and the floating-point work divided by what this machine does in a tenth of a second of matrix products.
+resident together, and the floating-point work divided by what this machine does in a tenth of a second of matrix products; or, with `probe`, by what it
+does when one real layer is solved by each method.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from fnmatch import fnmatchcase
 import torch
 
 from .arch import LINEARS, routers, table_entry
+from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .experts import unfuse_experts
-from .recipe import Recipe, nearest
-from .walk import STATS_LIMIT, bundles, pieces
+from .export.planned import consumers
+from .linear import get_weight
+from .methods import GPTQ, LNQ, TrellisCoding
+from .recipe import Recipe, Step, nearest
+from .walk import KEEP_LIMIT, STATS_LIMIT, bundles, pieces
 
+OVERHEAD = 220 << 20  # bytes: importing compress, reading the configuration and the text (torch 2.13, transformers 5.23)
 SCHEDULE_WINDOWS = 32  # what outputs and layers count is an average over so many; only tokens that are weighed each need a gradient
 
 
@@ -51,6 +57,7 @@ class Plan:
     disk: int  # bytes the artifact takes
     seconds: float  # estimate on this machine
     warnings: tuple[str, ...] = field(default=())
+    consumers: dict[str, str] = field(default_factory=dict)  # `export --to` → "" where it will hold the result, else why not
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -90,11 +97,14 @@ def bundled(source: Checkpoint, recipe: Recipe, found: list[tuple[str, int, tupl
     return together
 
 
-def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True) -> Plan:
-    """Every layer's fate, and the totals. Raises CompressError where a method cannot be applied to a layer it is meant for."""
+def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int = 512, batch: int = 8, timed: bool = True, probe: bool = False) -> Plan:
+    """Every layer's fate, and the totals; `timed`, also seconds and consumers.
+
+    Raises CompressError where a method cannot be applied to a layer it is meant for."""
     samples += recipe.generated
-    rows, states_kept = [], 3  # hidden states, and what one finished part of a block and the input of the next linear keep beside them
-    work, tokens, n_max = 0.0, samples * seqlen, 0
+    rows, formats = [], {}
+    work, tokens, n_max, solve = 0.0, samples * seqlen, 0, 0
+    solving: dict[int, dict[str, float]] = {}  # place of a step → layer → work
     block_work: dict[int, set[int]] = {}
     found = linears(source)
     together = bundled(source, recipe, found)
@@ -106,11 +116,14 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         method, sizes = step.build(), together.get(name, {name: m})
         parts, own = pieces(method.planned((sum(sizes.values()), n), stored, "+".join(sizes)), list(sizes.values()))
         at = list(sizes).index(name)
+        formats[name] = parts[at]
         rows.append(PlannedLayer(name, (m, n), step.method, parts[at].describe(), m * n * stored.itemsize, own[at][1]))
+        solving.setdefault(recipe.steps.index(step), {})[name] = solver_work(method, m, n)
+        solve = max(solve, solver_bytes(method, m, n))
         if method.needs or recipe.blocks:
             n_max = max(n_max, n)
             block_work.setdefault(i, set()).add(n)
-            work += 2.0 * n * n * (m + n / 3) + 6.0 * tokens * m * n  # solver; about three passes through the layer
+            work += 6.0 * tokens * m * n  # about three passes through the layer
     needs = frozenset[str]().union(*(step.build().needs for r in rows if r.method and (step := recipe.step_for(r.name))))
     if recipe.schedule:
         needs |= {"gradient"} if recipe.schedule.by == "gradient" else set()
@@ -134,23 +147,27 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         block_bytes += block_bytes * 4 // source.dtype.itemsize
     outer = source.nbytes(source.outer_groups())
     width = source.model.get_input_embeddings().weight.shape[1]
-    states_kept += 3 * twice + (source.num_blocks + 1) * guided
-    states = states_kept * tokens * width * source.dtype.itemsize if n_max or twice else 0
-    weight = max((r.shape[0] * r.shape[1] for r in compressed), default=0) * 4
-    by_block = [[r for r in rows if r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
-    experts = max(sum(4 * r.shape[1] ** 2 for r in block if r.method and ".experts." in r.name) for block in by_block) if by_block else 0
+    # the hidden states, and what attention keeps; the inputs of a block's last linear; with guidance the states behind every block
+    states = (2 * (1 + twice) + (source.num_blocks + 1) * guided) * tokens * width * source.dtype.itemsize if n_max or twice else 0
+    by_block = [[r for r in rows if r.method and r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
+    last = max((tokens * r.shape[1] * source.dtype.itemsize for b in by_block for r in b[-1:] if ".experts." not in r.name), default=0)
+    states += (1 + twice) * last * (last <= KEEP_LIMIT)
+    experts = max((sum(4 * r.shape[1] ** 2 for r in b if ".experts." in r.name) for b in by_block), default=0)
     if recipe.blocks:  # the Hessians of a whole block at once
-        experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in block}) for block in by_block), default=0)
-    working = (4 + twice) * n_max * n_max * 4 + min(STATS_LIMIT, experts) + 4 * weight
-    working += batch * seqlen * (max((r.shape[0] for r in rows), default=0) * 6) * source.dtype.itemsize
+        experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in b}) for b in by_block), default=0)
+    moments = (1 + ("cross" in needs)) * 4 * n_max * n_max + min(STATS_LIMIT, experts)
+    # a batch on its way through the widest part of the block, in the blocks' precision, and what is added to the moments, in fp32
+    passing = (1 + 0.9 * twice) * batch * seqlen * n_max * (4 * source.dtype.itemsize + 8)
+    working = moments + int(max(passing, passing / 2 + solve) if n_max else solve)  # half of what was passing has not been given back by then
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
     late = ["ranks follow from the energy, once calibration has seen it: bytes are those of the recipe's ratio until then"]
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
     warnings += late if recipe.schedule and recipe.schedule.energy else []
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 8 * after / parameters, 8 * after / parameters,
-                max((2 + twice) * block_bytes + states + working, outer + states, trained + states), after + (8 << 20),
-                _seconds(source, work, before) if timed else 0.0, tuple(warnings))  # fmt: skip
+                OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states), after + (8 << 20),
+                _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings),
+                consumers(source, formats) if timed else {})  # fmt: skip
 
 
 def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...]) -> list[str]:
@@ -159,9 +176,24 @@ def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...
     return [p for p in patterns if not any(fnmatchcase(r.name, p) for r in rows)]
 
 
-def _seconds(source: Checkpoint, work: float, nbytes: int) -> float:
-    if not work:
-        return nbytes / 2e8
+def solver_work(method, m: int, n: int) -> float:
+    """Floating-point operations of solving a layer [m, n], about: the column sweep, rounds of descent or gradient steps on H, the Viterbi search."""
+    option = lambda name: getattr(method, name, 0)
+    work = 20.0 * m * n * (1 + option("iterations") * ("hessian" not in method.needs))
+    if "hessian" in method.needs:
+        rounds = option("sweeps") * (1 + option("refits") + option("rounds")) + option("iterations") * max(1, option("rounds"))
+        work += 2.0 * n * n * (m + n / 3) + 2.0 * rounds * m * n * n
+    return work + 180.0 * 2 ** option("L") * m * n * bool(option("L"))
+
+
+def solver_bytes(method, m: int, n: int) -> int:
+    """What a method takes beside the Hessian, about, as traced: fp32 copies of the weight [m, n], and with a Hessian factors of it [n, n]."""
+    if "hessian" not in method.needs:
+        return 40 * m * n
+    return 16 * n * n + 20 * m * n if isinstance(method, GPTQ | LNQ | TrellisCoding) else 24 * n * n + 32 * m * n
+
+
+def _seconds(source: Checkpoint, recipe: Recipe, work: float, nbytes: int, solving: dict[int, dict[str, float]], probe: bool) -> float:
     a = torch.ones(512, 512)
     a @ a
     start, rounds = time.perf_counter(), 0
@@ -169,4 +201,21 @@ def _seconds(source: Checkpoint, work: float, nbytes: int) -> float:
         a @ a
         rounds += 1
     rate = rounds * 2 * 512**3 / (time.perf_counter() - start)
-    return work / rate + nbytes / 2e8
+    pace = {k: _solve_one(source, recipe.steps[k], layers) if probe else 1 / rate for k, layers in solving.items()}
+    return work / rate + sum(pace[k] * sum(layers.values()) for k, layers in solving.items()) + nbytes / 2e8
+
+
+def _solve_one(source: Checkpoint, step: Step, layers: dict[str, float]) -> float:
+    """Seconds an operation of `solver_work`, from the largest layer of a step, solved with its own weights for inputs that are random but correlated."""
+    name = max(layers, key=lambda name: layers[name])
+    i = next(i for i in range(source.num_blocks) if name.startswith(source.block_name(i) + "."))
+    block, path = source.load_block(i), name.removeprefix(source.block_name(i) + ".")
+    W, generator = get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight")), torch.Generator().manual_seed(0)
+    x = torch.randn(2 * W.shape[1], W.shape[1], generator=generator)
+    x += x.mean(1, keepdim=True) + 0.5 * x.roll(1, 1)
+    stats = Stats.zeros(W.shape[1])
+    stats.add(x, x * 1.01)
+    stats.finish()
+    started = time.perf_counter()
+    step.build()(W, stats, stored=block.stored[f"{path}.weight"], where=name)
+    return (time.perf_counter() - started) / layers[name]

@@ -1,5 +1,8 @@
 """Run: pytest tests/test_preflight.py. The plan: every linear, its exact bytes before a weight is read, and what is refused."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +14,7 @@ import compress
 from compress import CompressError, preflight, recipe
 from compress.checkpoint import Checkpoint
 from compress.experts import unfuse_experts
+from compress.export import EXPORTS
 
 RTN32 = {"rtn.group_size": 32}  # the tiny models are 64 wide
 
@@ -145,3 +149,41 @@ def test_patterns_that_match_nothing_are_fallbacks_of_a_run(checkpoint, tmp_path
     with pytest.raises(CompressError, match=r"--strict: pattern matches nothing at \*\.router"):
         compress.run(checkpoint("llama"), "w4-rtn", output=tmp_path / "strict", settings=settings, strict=True, show=False)
     assert not (tmp_path / "strict").exists()
+
+
+# ---- consumers, time, and the hub
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture_is_judged(name, checkpoint):
+    consumers = compress.plan(checkpoint(name), "w4-rtn", settings=RTN32 | {"rtn.sym": True}).consumers
+    assert consumers["dense"] == "" and set(consumers) == set(EXPORTS)
+    assert (consumers["compressed-tensors"] == "") == (name != "gpt2")
+
+
+def test_the_viterbi_search_and_a_probe_count(checkpoint):
+    source, long = Checkpoint(checkpoint("llama")), recipe.load("w2-trellis").with_options({"trellis.length": 32})
+    slow, fast = (preflight.solver_work(recipe.load(r).steps[0].build(), 4096, 4096) for r in ("w2-trellis", "w4-gptq"))
+    assert slow > 3 * fast > 3 * preflight.solver_work(recipe.load("w4-rtn").steps[0].build(), 4096, 4096)
+    assert preflight.make(source, long.with_options({"trellis.L": 6}), probe=True).seconds > 0
+
+
+def test_a_hub_id_is_planned_from_its_headers_alone(unread, checkpoint, monkeypatch):
+    from compress import checkpoint as module
+
+    folder, entries = Path(checkpoint("llama")), module.read_headers(Path(checkpoint("llama")))
+    names = {v: k for k, v in module.SAFETENSORS_DTYPES.items()}
+    tensors = {n: SimpleNamespace(dtype=names[e.dtype], shape=list(e.shape)) for n, e in entries.items()}
+    asked = []
+    monkeypatch.setattr(module, "resolve", lambda model, *, weights=True: asked.append(weights) or folder)
+    files = {"model.safetensors": SimpleNamespace(tensors=tensors)}
+    monkeypatch.setattr(module, "get_safetensors_metadata", lambda model: SimpleNamespace(files_metadata=files))
+    assert compress.plan("some/model", "w4-rtn", settings=RTN32).bytes_after == compress.plan(str(folder), "w4-rtn", settings=RTN32).bytes_after
+    assert asked[0] is False
+
+    def offline(model):
+        raise OSError("no route\nto the hub")
+
+    monkeypatch.setattr(module, "get_safetensors_metadata", offline)
+    with pytest.raises(CompressError, match=r"headers cannot be read from the hub .OSError: no route.$"):
+        compress.plan("some/model", "w4-rtn")

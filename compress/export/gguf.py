@@ -35,7 +35,6 @@ SPLITS = {GPT2: "gpt-2", QWEN2: "qwen2", QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"
 class GGUF(Export):
     def refusals(self, source: Source) -> list[Refusal]:
         """None by layer: what no block type holds is stored as floats. Raises CompressError for a model that llama.cpp's names are not known of."""
-        _library()
         if (kind := source.config.model_type) not in ARCHITECTURES:
             raise CompressError(f"gguf: model type {kind} is not mapped to llama.cpp's names here (mapped: {', '.join(ARCHITECTURES)}); use --to dense")
         rope = source.config.rope_parameters["rope_type"]

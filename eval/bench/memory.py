@@ -59,11 +59,16 @@ def build(folder: Path, blocks: int) -> Path:
         where |= dict.fromkeys(tensors, f"model-{i:05d}.safetensors")
     (part / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
     LlamaConfig(**SHAPE, num_hidden_layers=blocks, architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(part)
+    add_text(part)
+    return part.rename(made)
+
+
+def add_text(part: Path) -> None:
+    """A tokenizer of bytes, and text to calibrate on."""
     bytes_ = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
     bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=bytes_).save_pretrained(part)
     (part / "calibration.txt").write_text(Path(argparse.__file__).read_text())  # 99 kB of text that every machine has
-    return part.rename(made)
 
 
 def peak(code: str, *argv: str) -> tuple[int, list[tuple[str, float, int, int]]]:

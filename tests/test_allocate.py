@@ -1,0 +1,284 @@
+"""pytest tests/test_allocate.py: the knapsack against brute force, the judge against evaluation, `auto` from budget to artifact, `diagnose`."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import yaml
+from tiny import save_tiny, tiny_model
+
+import compress
+from compress import allocate, preflight, recipe
+from compress.calibration.data import CalibrationSet
+from compress.checkpoint import Checkpoint
+from compress.errors import CompressError
+from compress.eval.compare import compare, logits_of
+from compress.export import EXPORTS, can_export
+from compress.export.base import Source
+from compress.judge import Judge
+from compress.stream import Stream
+
+WATCH = lambda todo, what: iter(todo)
+MENU = [{"method": "gptq", "bits": b, "group_size": 32} for b in (2, 3, 4)]
+
+
+def brute_force(nbytes, damage, budget):
+    fits = [p for p in itertools.product(*(range(len(b)) for b in nbytes)) if sum(b[k] for b, k in zip(nbytes, p, strict=True)) <= budget]
+    return min((sum(d[k] for d, k in zip(damage, p, strict=True)) for p in fits), default=None)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 256, (6, 32), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def text(tokens):
+    return CalibrationSet(tokens=tokens, mask=None, record={"source": "test", "samples": 6, "seqlen": 32}, words=1, fallbacks=[])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny("llama", folder)
+    return str(folder)
+
+
+# ---- the knapsack
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_knapsack_is_brute_force_on_three_layers_at_every_budget(seed):
+    g = torch.Generator().manual_seed(seed)
+    nbytes = [torch.randint(1, 40, (4,), generator=g).tolist() for _ in range(3)]
+    damage = [(torch.randn(4, generator=g) + 1).tolist() for _ in range(3)]  # some below 0: noise of a measurement
+    front = allocate.knapsack(nbytes, damage)
+    for budget in range(sum(map(min, nbytes)), sum(map(max, nbytes)) + 1):
+        at = front.within(budget)
+        picks = front.picks[at].tolist()
+        assert sum(b[k] for b, k in zip(nbytes, picks, strict=True)) == int(front.nbytes[at]) <= budget
+        assert sum(d[k] for d, k in zip(damage, picks, strict=True)) == pytest.approx(float(front.damage[at]))
+        assert float(front.damage[at]) == pytest.approx(brute_force(nbytes, damage, budget))
+    with pytest.raises(CompressError, match="smallest allocation"):
+        front.within(sum(map(min, nbytes)) - 1)
+
+
+def test_a_thinned_front_stays_within_every_budget_and_near_the_exact_one(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    nbytes = [torch.randint(1000, 90000, (4,), generator=g).tolist() for _ in range(12)]
+    damage = [(1e6 / torch.tensor(b)).tolist() for b in nbytes]
+    exact = allocate.knapsack(nbytes, damage)
+    monkeypatch.setattr(allocate, "SUMS", 200)
+    thin = allocate.knapsack(nbytes, damage)
+    assert len(thin.nbytes) <= 200 < len(exact.nbytes)
+    for budget in range(int(exact.nbytes[0]), int(exact.nbytes[-1]), 20000):
+        a, b = thin.within(budget), exact.within(budget)
+        assert int(thin.nbytes[a]) == sum(x[k] for x, k in zip(nbytes, thin.picks[a].tolist(), strict=True)) <= budget
+        assert float(exact.damage[b]) <= float(thin.damage[a]) <= 1.05 * float(exact.damage[b])
+
+
+# ---- the judge
+
+
+def test_the_judge_is_evaluation_and_leaves_the_model_as_it_was(llama, tokens):
+    source, model = Checkpoint(llama, dtype=torch.float32), tiny_model("llama", dtype=torch.bfloat16).float()
+    judge = Judge(source, tokens, batch=4)
+    g = torch.Generator().manual_seed(0)
+    paths = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    weights = {p: model.get_submodule(p).weight.detach() + 0.05 * torch.randn(model.get_submodule(p).weight.shape, generator=g) for p in paths}
+    assert judge({}) == pytest.approx(0, abs=1e-9)
+    whole = judge(weights)
+    assert judge({}) == pytest.approx(0, abs=1e-9)
+    judge.put({paths[0]: weights[paths[0]]})
+    assert judge({paths[1]: weights[paths[1]]}) == pytest.approx(whole, rel=1e-4)
+    judge.put({paths[1]: weights[paths[1]]})
+    assert judge({}) == pytest.approx(whole, rel=1e-4) and judge(dict.fromkeys(paths)) == pytest.approx(0, abs=1e-9)
+    original, data = list(logits_of(model, text_of(tokens))), text_of(tokens)
+    for p in paths:
+        model.get_submodule(p).weight.data = weights[p]
+    every = sum(float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum()) for p, q in zip(original, logits_of(model, data), strict=True))
+    assert whole == pytest.approx(every / tokens.numel(), rel=1e-3)  # the last position of a window counts here: it has no target, but a distribution
+    assert compare(logits_of(model, data), original, data)["kl"]["mean"] == pytest.approx(whole, rel=0.2)
+
+
+def text_of(tokens):
+    return CalibrationSet(tokens=tokens, mask=None, record={}, words=1, fallbacks=[])
+
+
+def test_padding_does_not_count(llama, tokens):
+    source, mask = Checkpoint(llama, dtype=torch.float32), torch.arange(32) < torch.tensor([[32], [20], [7], [32], [32], [11]])
+    W = {"model.layers.1.mlp.down_proj": torch.zeros(64, 128)}
+    kl = Judge(source, tokens, mask, batch=4)(W)
+    other = torch.where(mask, tokens, 7)
+    assert Judge(source, other, mask, batch=4)(W) == pytest.approx(kl, rel=1e-4) != Judge(source, tokens, batch=4)(W)
+
+
+# ---- the search
+
+
+@pytest.fixture(scope="module")
+def surveyed(llama, tokens, tmp_path_factory):
+    source, folder = Checkpoint(llama, dtype=torch.float32), tmp_path_factory.mktemp("survey")
+    menu = allocate.menu_for("ours", MENU)
+    groups = allocate.survey(source, menu, Stream(source, tokens), folder, WATCH)
+    judge = Judge(source, tokens, batch=8)
+    allocate.probe(groups, judge, folder / "kl.json", WATCH)
+    return source, menu, folder, groups, judge
+
+
+def test_three_layers_end_where_brute_force_on_the_true_kl_does(surveyed, tokens):
+    source, _, _, groups, _ = surveyed
+    three = [g for g in groups if g.name in ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj")]
+    judge = Judge(source, tokens, batch=8)
+    size = sum(g.choices[-1].nbytes for g in three)
+    for budget in (size * 3.6 // 16, size * 4.6 // 16):
+        fits = [p for p in itertools.product(range(4), repeat=3) if sum(g.choices[k].nbytes for g, k in zip(three, p, strict=True)) <= budget]
+        best = min(judge(allocate.weights_of(three, p)) for p in fits)
+        front = allocate.front_of(three)
+        picks = front.picks[front.within(int(budget))].tolist()
+        judge.put(allocate.weights_of(three, picks))
+        picks, kl = allocate.improve(three, picks, int(budget), judge, rounds=2, tries=20, watch=WATCH)
+        assert tuple(picks) in fits and kl == pytest.approx(best, rel=1e-4)
+        judge.put({path: None for g in three for path in g.linears})
+
+
+def test_damages_fall_with_bytes_and_follow_what_was_measured(surveyed):
+    *_, groups, judge = surveyed
+    for g in groups:
+        assert [c.nbytes for c in g.choices] == sorted(c.nbytes for c in g.choices) and g.choices[-1].damage == 0
+        assert all(a.damage >= b.damage for a, b in itertools.pairwise(g.choices)) and g.hull()[0] == 0 and g.hull()[-1] == len(g.choices) - 1
+        assert judge(g.weights(2)) == pytest.approx(g.choices[2].damage, rel=0.5)  # 4 bits were not measured
+    assert judge(groups[0].weights(3)) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_second_survey_reads_what_the_first_one_wrote(surveyed, tokens, monkeypatch):
+    source, menu, folder, groups, _ = surveyed
+    monkeypatch.setattr(allocate, "get_weight", None)
+    again = allocate.survey(source, menu, Stream(source, tokens), folder, WATCH)
+    allocate.probe(again, None, folder / "kl.json", WATCH)
+    assert [(g.name, [(c.nbytes, c.error, c.damage) for c in g.choices]) for g in again] == [
+        (g.name, [(c.nbytes, c.error, c.damage) for c in g.choices]) for g in groups]  # fmt: skip
+
+
+def test_fused_linears_and_experts_share_a_group():
+    paths = ["b.0.attn.q_proj", "b.0.attn.k_proj", "b.0.attn.v_proj", "b.0.attn.o_proj", "b.0.mlp.experts.0.gate_up_proj", "b.0.mlp.experts.1.gate_up_proj",
+             "b.0.mlp.experts.0.down_proj", "b.0.mlp.experts.1.down_proj", "b.0.mlp.gate_proj", "b.0.mlp.up_proj"]  # fmt: skip
+    assert [len(v) for v in allocate.grouped(paths, True).values()] == [3, 1, 4, 2]
+    assert [len(v) for v in allocate.grouped(paths, False).values()] == [1, 1, 1, 1, 2, 2, 1, 1]
+
+
+# ---- auto
+
+
+def test_auto_keeps_the_budget_and_its_recipe_is_an_ordinary_one(llama, text, tmp_path):
+    a = compress.auto(llama, text, tmp_path / "out", bits=3.9, menu=MENU, dtype="float32", tries=4, show=False)
+    assert a.bits <= 3.9 < a.bits + 0.3 and a.nbytes <= a.budget and a.kl <= a.before + 1e-9 and a.artifact_kl > 0
+    totals = a.report.manifest.totals
+    assert totals["linear_bytes"] == a.nbytes and totals["linear_bits"] == pytest.approx(a.bits)
+    written = json.loads((tmp_path / "out.plan.json").read_text())
+    assert {name: r.options["bits"] for name, r in a.report.manifest.layers.items()} == {name: s["bits"] for name, s in written["layers"].items()}
+    assert compress.plan(llama, str(tmp_path / "out.recipe.yaml")).linear_bits == pytest.approx(a.bits)
+    assert recipe.load(yaml.safe_load((tmp_path / "out.recipe.yaml").read_text())).identity() == a.recipe.identity()
+    assert (tmp_path / "out.pareto.png").read_bytes()[:4] == b"\x89PNG"
+    again = compress.auto(llama, text, tmp_path / "other", bits=3.9, menu=MENU, dtype="float32", tries=4, plan_only=True, show=False)
+    assert again.layers == a.layers and again.trials < a.trials + 1 and not (tmp_path / "other").exists()
+    assert len(list(tmp_path.glob("sensitivities-*"))) == 1
+    more = compress.auto(llama, text, tmp_path / "more", bits=4.4, menu=MENU, dtype="float32", tries=4, plan_only=True, show=False)
+    assert more.kl < a.kl and more.bits > a.bits
+
+
+def test_a_size_is_that_of_the_whole_artifact(llama, text, tmp_path):
+    size = 100_000
+    a = compress.auto(llama, text, tmp_path / "out", size=size, menu=MENU, dtype="float32", rounds=0, tries=0, show=False)
+    assert 0.95 * size < a.report.manifest.totals["bytes"] <= size
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "gptq", "awq", "gguf"])
+def test_what_a_consumer_is_to_load_it_loads(consumer, llama, text, tmp_path):
+    menu = [s | {"group_size": 32} for s in allocate.CONSUMERS[consumer].steps if s["bits"] in (4, 8)]
+    a = compress.auto(llama, text, tmp_path / "out", bits=7, consumer=consumer, menu=menu, dtype="float32", rounds=0, tries=0, show=False)
+    assert not can_export(Source(tmp_path / "out"), allocate.CONSUMERS[consumer].export)
+    assert len({tuple(sorted(s.items())) for s in a.layers.values() if s}) == 1 or not allocate.CONSUMERS[consumer].uniform
+
+
+@pytest.mark.parametrize(("options", "told"), [
+    ({}, "give a budget"), ({"bits": 3, "size": "1GB"}, "one of the two"), ({"bits": 1.5}, r"smallest choices take 2\.\d+ bits"),
+    ({"size": "many"}, "give bytes like 4GB"), ({"bits": 3, "consumer": "vlm"}, "did you mean vllm"), ({"bits": 3, "menu": "mlorg"}, "neither one of"),
+    ({"bits": 3, "menu": [{"bits": 4}]}, "a menu is a list"), ({"bits": 3, "menu": [{"method": "gptq", "bitz": 4}]}, "did you mean bits"),
+    ({"bits": 17}, "nothing to compress")])  # fmt: skip
+def test_what_is_wrong_is_told(options, told, llama, text, tmp_path):
+    with pytest.raises(CompressError, match=told):
+        compress.auto(llama, text, tmp_path / "out", **({"menu": MENU} | options), dtype="float32", rounds=0, tries=0, show=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_are_read():
+    assert [allocate.parse_size(s) for s in ("4GB", "1.5 MiB", "700m", 12, "3K")] == [4 * 10**9, 1572864, 7 * 10**8, 12, 3000]
+
+
+# ---- plan: consumers
+
+
+@pytest.mark.parametrize(("name", "settings"), [("llama", {"group_size": 32}), ("llama", {"group_size": 32, "sym": True}), ("gpt2", {"group_size": 32}),
+                                                ("qwen3_moe", {"group_size": 32, "sym": True}), ("llama", {"bits": 3, "group_size": -1})])  # fmt: skip
+def test_planned_consumers_are_those_that_take_the_artifact(name, settings, tmp_path):
+    save_tiny(name, tmp_path / "model")
+    options = {f"rtn.{k}": v for k, v in settings.items()}
+    planned = compress.plan(str(tmp_path / "model"), "w4-rtn", settings=options).consumers
+    compress.run(str(tmp_path / "model"), "w4-rtn", output=tmp_path / "out", settings=options, show=False)
+    for to in EXPORTS:
+        try:
+            refused = bool(can_export(Source(tmp_path / "out"), to))
+        except CompressError:
+            refused = True
+        assert bool(planned[to]) == refused or (to == "gguf" and "floats" in planned[to]), (to, planned[to])
+
+
+# ---- diagnose
+
+
+def test_moments():
+    from compress.diagnose import Moments
+
+    x = torch.randn(8, 500, 64, generator=torch.Generator().manual_seed(0))
+    m = Moments()
+    m.add(x[:4])
+    m.add(x[4:])
+    assert m.kurtosis == pytest.approx(3, abs=0.05) and m.max_norm == pytest.approx(float(x.abs().amax((1, 2)).mean()))
+    x[..., 5] *= 50
+    planted = Moments()
+    planted.add(x)
+    assert planted.kurtosis > 100 and float(planted.largest.max() / planted.largest.median()) > 20
+
+
+def test_diagnose_finds_a_planted_channel_and_a_sensitive_layer(text, tmp_path):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[5] = 200
+        model.model.layers[1].self_attn.q_proj.weight[:, 5] /= 200
+        model.model.layers[1].self_attn.k_proj.weight[:, 5] /= 200
+        model.model.layers[1].self_attn.v_proj.weight[:, 5] /= 200
+    model.save_pretrained(tmp_path)
+    d = compress.diagnose(str(tmp_path), text, dtype="float32", show=False)
+    loud = max(d.sites, key=lambda s: s.loudest)
+    assert loud.name == "model.layers.1.attn.input" and loud.loudest > 50 and any("model.layers.1.attn.input" in line for line in d.advice)
+    assert d.total[2] > d.total[3] > d.total[4] > 0 and len(d.sensitivity) == 2 * 4 and len(d.blocks) == 2 and all(0 < b.influence < 1 for b in d.blocks)
+    json.dumps(d.to_json())
+    assert preflight.linears(Checkpoint(str(tmp_path)))  # nothing was written into the model's folder
+
+
+# ---- the command line
+
+
+def test_auto_and_diagnose_on_the_command_line(llama, tmp_path, capsys):
+    from test_cli import main
+
+    (tmp_path / "text.txt").write_text("".join(chr(65 + i * i % 26) for i in range(4000)))
+    (tmp_path / "menu.yaml").write_text(yaml.safe_dump(MENU))
+    common = ("-c", f"file:{tmp_path / 'text.txt'}", "--samples", 4, "--seqlen", 32, "--json", tmp_path / "x.json")
+    assert main("auto", llama, "--bits", 3.5, "-o", tmp_path / "out", "--menu", tmp_path / "menu.yaml", "--tries", 2, *common) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["report"]["totals"]["linear_bits"] <= 3.5 and "after the search" in capsys.readouterr().out
+    assert main("diagnose", llama, *common) == 0
+    assert {"sites", "blocks", "sensitivity", "advice"} <= json.loads((tmp_path / "x.json").read_text()).keys()
+    assert main("auto", llama, "-o", tmp_path / "no", *common) == 1 and "give a budget" in capsys.readouterr().err
