@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import artifact, importing, preflight, progress, transforms, verification
 from . import distill as _distill
@@ -30,8 +30,9 @@ from .calibration.guidance import guide
 from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .errors import CompressError
 from .eval import compare as _compare
-from .export import Exported
+from .export import Exported, can_export
 from .export import write as _export
+from .hf import empty
 from .linear import CompressedLinear
 from .preflight import SCHEDULE_WINDOWS, Plan
 from .schedule import scheduled
@@ -237,6 +238,13 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
 def inspect(path: str) -> Manifest:
     """The manifest of an artifact: layers with format, bits, bytes and error; fallbacks; provenance."""
     return read_manifest(resolve(path, weights=False))
+
+
+def loads_in(path: str) -> dict[str, list[str]]:
+    """Consumer → why it cannot hold an artifact, empty where it can (`compress export --to` it). From the manifest alone."""
+    folder = resolve(path, weights=False)
+    manifest = read_manifest(folder)
+    return can_export({name: empty(name, manifest) for name in manifest.layers}, AutoConfig.from_pretrained(folder))
 
 
 def verify(path: str, *, trust_remote_code: bool = False) -> Verification:

@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -76,6 +76,17 @@ def resolve(model: str, *, weights: bool = True) -> Path:
                             "check the name, the network, or HF_HOME") from error  # fmt: skip
 
 
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False, name: str = "") -> nn.Module:
+    """The model that a configuration describes, on meta with real buffers. Raises CompressError where transformers has no class for it."""
+    with init_empty_weights(include_buffers=False):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError) as error:
+            raise CompressError(f"{name or config.model_type}: not a causal language model that can be built ({str(error).splitlines()[0]})") from error
+    model.tie_weights()
+    return model.eval()
+
+
 class Checkpoint:
     """Lazy view of a causal language model on disk. `dtype` is the dtype blocks compute in; stored tensors are read as they are."""
 
@@ -104,13 +115,7 @@ class Checkpoint:
     @cached_property
     def model(self) -> nn.Module:
         """The model on meta with real buffers; blocks and outer modules are copied from it and filled."""
-        with init_empty_weights(include_buffers=False):
-            try:
-                model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-            except (ValueError, KeyError) as error:
-                raise CompressError(f"{self.name}: not a causal language model that can be built ({str(error).splitlines()[0]})") from error
-        model.tie_weights()
-        return model.eval()
+        return skeleton(self.config, self.dtype, self.trust_remote_code, self.name)
 
     @cached_property
     def blocks_path(self) -> str:

@@ -173,7 +173,9 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
     _fallbacks(manifest.fallbacks)
     if not manifest.fallbacks:
         out.print("no fallbacks")
-    save(json_, manifest.model_dump() | {"seconds": seconds})
+    loads = api.loads_in(path)
+    out.print(f"loads in: {', '.join(to for to, reasons in loads.items() if not reasons)}", highlight=False, soft_wrap=True)
+    save(json_, manifest.model_dump() | {"seconds": seconds, "loads_in": loads})
 
 
 def _methods(json_: Path | None) -> None:

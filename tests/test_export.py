@@ -207,11 +207,37 @@ def refused(artifact: Path, to: str, out: Path) -> str:
 
 def test_every_layer_is_named_before_anything_is_written(made, tmp_path):
     artifact = made(bits=5)
-    assert {r.layer for r in can_export(source(artifact), "awq")} == set(source(artifact).layers)
+    assert {r.layer for r in EXPORTS["awq"].refusals(source(artifact))} == set(source(artifact).layers)
     text = refused(artifact, "awq", tmp_path)
     assert text.startswith("14 of 14 layers cannot be exported as awq: model.layers.*.self_attn.q_proj (2)")
     assert "5 bits, awq has 4; nearest recipe {bits: 4, group_size: 32, sym: false}" in text
     assert "nearest recipe {bits: 8, group_size: 32, sym: false}" in refused(artifact, "gptq-v2", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("llama", {}), ("llama", {"bits": 3, "sym": True}), ("mixtral", {"sym": True}), ("gpt2", {}), ("opt", {"bits": 5})])  # fmt: skip
+def test_what_a_manifest_says_before_any_tensor_is_read_is_what_export_does(name, options, made, tmp_path):
+    artifact = made(name, **options)
+    loads = compress.loads_in(str(artifact))
+    assert loads.keys() == EXPORTS.keys() and loads["dense"] == []
+    for to, reasons in loads.items():
+        if to == "gguf" and importlib.util.find_spec("gguf") is None:
+            continue
+        if not reasons:
+            compress.export(str(artifact), to, tmp_path / to)
+        else:
+            with pytest.raises(CompressError) as error:
+                compress.export(str(artifact), to, tmp_path / to)
+            assert all(reason in str(error.value) for reason in reasons)
+
+
+def test_a_plan_is_judged_by_its_formats(tmp_path):
+    from compress.methods import RTN, SVD
+    planned = lambda method: {f"model.layers.{i}.mlp.{p}": method.planned(s, torch.bfloat16, p) for i in range(2)
+                              for p, s in (("gate_proj", (128, 64)), ("up_proj", (128, 64)), ("down_proj", (64, 128)))}  # fmt: skip
+    assert can_export(planned(RTN(group_size=32, sym=True)), TINY["llama"]())["awq"] == []
+    (reason,) = can_export(planned(SVD()), TINY["llama"]())["awq"]
+    assert "model.layers.*.mlp.gate_proj (2)" in reason and "is not a uniform integer grid" in reason
 
 
 def test_other_refusals_say_what_would_do(made, tmp_path):

@@ -10,17 +10,21 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig
 
 from ..artifact import Fallback, companions
 from ..errors import CompressError
+from ..formats import Format
 from ..recipe import nearest
 from .awq import AWQ
-from .base import Export, Refusal, Source
+from .base import Export, Layers, Refusal, Source
 from .card import card
 from .compressed_tensors import CompressedTensors
 from .dense import Dense
@@ -55,9 +59,19 @@ def find(to: str) -> Export:
     return EXPORTS[to]
 
 
-def can_export(source: Source, to: str) -> list[Refusal]:
-    """Every layer of the artifact that the format cannot express; empty: `export` will write it."""
-    return find(to).refusals(source)
+def can_export(layers: Mapping[str, Format], config: PreTrainedConfig, model: nn.Module | None = None) -> dict[str, list[str]]:
+    """Consumer → what it cannot express, a phrase for all layers of one reason; empty: it will hold them all. Reads no tensor.
+
+    layers: path → Format on meta, of a plan (`method.planned`) or a manifest (`hf.empty`); config: the model's; model: its skeleton, where one is at hand.
+    What depends on values, whether fp16 holds the scales, is taken for granted here and checked by `export`.
+    """
+    described, found = Layers(layers, config, model), {}
+    for to, consumer in EXPORTS.items():
+        try:
+            found[to] = _grouped(consumer.refusals(described))
+        except CompressError as error:  # the model as a whole
+            found[to] = [str(error)]
+    return found
 
 
 def write(folder: Path, to: str, output: Path, *, base_model: str | None = None, evaluation: dict | None = None,
@@ -67,7 +81,7 @@ def write(folder: Path, to: str, output: Path, *, base_model: str | None = None,
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CompressError(f"{output}: exists and is not an empty folder; choose another -o or remove it")
     source = Source(folder, trust_remote_code)
-    if refused := can_export(source, to):
+    if refused := chosen.refusals(source):
         raise CompressError(f"{len({r.layer for r in refused})} of {len(source.layers)} layers cannot be exported as {to}: {'; '.join(_grouped(refused))}")
     parent = output.absolute().parent
     try:

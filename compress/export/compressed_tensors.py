@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
-from .base import Refusal, SafetensorsExport, Scheme, Source, fused_refusals, integer_refusal, integers, scheme, schemes, wide_scales
+from .base import Layers, Refusal, SafetensorsExport, Scheme, Source, fused_refusals, integer_refusal, integers, scheme, schemes, wide_scales
 
 
 class CompressedTensors(SafetensorsExport):
-    def refusals(self, source: Source) -> list[Refusal]:
+    def refusals(self, source: Layers) -> list[Refusal]:
         return [r for name in source.layers if (r := self._refusal(name, source))] or fused_refusals(source, schemes(source))
 
     @staticmethod
-    def _refusal(layer: str, source: Source) -> Refusal | None:
+    def _refusal(layer: str, source: Layers) -> Refusal | None:
         weight = source.peek(layer)
         if refused := integer_refusal(layer, weight, "compressed-tensors", tuple(range(1, 9))):
             return refused

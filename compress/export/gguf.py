@@ -21,7 +21,7 @@ from torch import Tensor
 from ..artifact import PROBE
 from ..errors import CompressError
 from ..formats import Format, IntGroup, build, packing
-from .base import Export, Refusal, Source, fits_half
+from .base import Export, Layers, Refusal, Source, fits_half
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type → gguf.MODEL_ARCH
 OFFSET = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # ggml type → o, where k lies in −o … o − 1
@@ -33,9 +33,8 @@ SPLITS = {GPT2: "gpt-2", QWEN2: "qwen2", QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"
 
 
 class GGUF(Export):
-    def refusals(self, source: Source) -> list[Refusal]:
+    def refusals(self, source: Layers) -> list[Refusal]:
         """None by layer: what no block type holds is stored as floats. Raises CompressError for a model that llama.cpp's names are not known of."""
-        _library()
         if (kind := source.config.model_type) not in ARCHITECTURES:
             raise CompressError(f"gguf: model type {kind} is not mapped to llama.cpp's names here (mapped: {', '.join(ARCHITECTURES)}); use --to dense")
         rope = source.config.rope_parameters["rope_type"]
@@ -98,9 +97,12 @@ def _type(weight: Format) -> str | None:
     """The smallest ggml type that holds a weight exactly, None where none does."""
     if not isinstance(weight, IntGroup) or weight.group_size % 32 or not fits_half(weight.scales):
         return None
-    zeros = weight.zero_points()
+    if weight.levels == 2 or (weight.zeros is not None and weight.zeros.is_floating_point()):
+        return None  # zero points between two levels
+    planned = weight.zeros is not None and weight.zeros.is_meta  # then any zero point may come
+    zeros = torch.tensor([0.0, weight.levels - 1]) if planned else weight.zero_points()
     low, high = -float(zeros.max()), weight.levels - 1 - float(zeros.min())
-    return next((name for name, o in OFFSET.items() if -o <= low and high <= o - 1), None) if low.is_integer() else None
+    return next((name for name, o in OFFSET.items() if -o <= low and high <= o - 1), None)
 
 
 def _blocks(weight: Format, kind: str) -> Tensor:
