@@ -1,4 +1,4 @@
-"""Import: a GPTQ, AWQ or compressed-tensors checkpoint as an artifact. Exact codes and scales, nothing is rounded or calibrated.
+"""Import: a GPTQ, AWQ, compressed-tensors or bitsandbytes checkpoint as an artifact. Exact codes and scales, nothing is rounded or calibrated.
 
 The quantized linears of the checkpoint are seen as plain weights of the model that config.json describes, so that blocks are found, filled and
 sent probe tokens as everywhere else; then each gets the format that its own tensors spell (the `read` of its file in compress/export/). What
@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .artifact import PROBE, LayerRecord, Manifest, Writer
 from .checkpoint import Checkpoint, Entry, read_headers
 from .errors import CompressError
-from .export import awq, compressed_tensors, gptq
-from .formats import Format, IntGroup
+from .export import awq, bitsandbytes, compressed_tensors, gptq
+from .formats import Format, IntGroup, Lut
 from .linear import set_weight
 from .stream import Stream
 from .version import __version__
 from .walk import block_tensors, copy_outer
 
-READERS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
+Packable = IntGroup | Lut
+READERS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors, "bitsandbytes": bitsandbytes}
 
 
 class Packed(Checkpoint):
@@ -32,21 +34,22 @@ class Packed(Checkpoint):
 
     def __init__(self, model: str, **kwargs):
         super().__init__(model, **kwargs)
-        main = self.reader.SUFFIXES[0]
-        packed = {key.removesuffix(f".{main}") for key in self.entries if key.endswith(f".{main}")}
+        split = lambda key, suffixes: next(((key.removesuffix(f".{s}"), s) for s in suffixes if key.endswith(f".{s}")), (key, ""))
+        packed = {module for key in self.entries for module, mark in [split(key, self.reader.MARKS)] if mark}
         if not packed:
-            raise CompressError(f"{model}: config.json says {self.method}, but no tensor is called *.{main}")
+            raise CompressError(f"{model}: config.json says {self.method}, but no tensor is called *.{' or *.'.join(self.reader.MARKS)}")
         self.packed: dict[str, dict[str, Entry]] = {module: {} for module in sorted(packed)}
         plain: dict[str, Entry] = {}
         for key, entry in self.entries.items():
-            module, _, suffix = key.rpartition(".")
-            if module in packed and suffix in self.reader.SUFFIXES:
+            module, suffix = split(key, self.reader.SUFFIXES)
+            if module in packed and suffix:
                 self.packed[module][suffix] = entry
             else:
                 plain[key] = entry
+        conv = [name for name, m in self.model.named_modules() if isinstance(m, Conv1D)]  # [in, out], GPT-2's
         for module, stored in self.packed.items():  # reads each once, so that what cannot be read is told before anything is written
             weight = self.format(module)
-            plain[f"{module}.weight"] = Entry(stored[main].file, weight.scales.dtype, weight.shape)
+            plain[f"{module}.weight"] = Entry(next(iter(stored.values())).file, weight.scales.dtype, weight.shape[::-1] if any(c.endswith(module) for c in conv) else weight.shape)
         self.entries = plain
         if outside := [m for m in self.packed if f"{m}.weight" in {key for g in self.outer_groups() for key, _ in g.sources} | set(self.unknown)]:
             raise CompressError(f"{model}: {outside[0]} is quantized and lies outside the blocks, where artifacts keep plain tensors")
@@ -67,7 +70,7 @@ class Packed(Checkpoint):
             return torch.zeros(self.entries[key].shape, dtype=self.entries[key].dtype)
         return super().read_stored(key)
 
-    def format(self, module: str) -> IntGroup:
+    def format(self, module: str) -> Packable:
         """A packed linear as its tensors spell it. Raises CompressError where our integer grid cannot hold it."""
         return self.reader.read({s: self.read_from(e.file, f"{module}.{s}") for s, e in self.packed[module].items()}, self.quantization, module)
 
@@ -92,11 +95,13 @@ class Packed(Checkpoint):
         return found
 
 
-def _stacked(parts: list[IntGroup], where: str) -> IntGroup:
+def _stacked(parts: list[Packable], where: str) -> Packable:
     """Rows of one weight below those of the other."""
     first = parts[0]
-    if len({(p.bits_per_code, p.group_size, p.zeros is None) for p in parts}) > 1:
-        raise CompressError(f"{where}: its parts differ in bits, group size or symmetry")
+    if len({p.describe() for p in parts}) > 1:
+        raise CompressError(f"{where}: its parts differ: {' and '.join(p.describe() for p in parts)}")
+    if isinstance(first, Lut):
+        return Lut.pack(torch.cat([p.unpack() for p in parts]), first.table, torch.cat([p.scales for p in parts]), first.name)
     zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts]).to(torch.uint8)
     return IntGroup.pack(torch.cat([p.unpack() for p in parts]), torch.cat([p.scales for p in parts]), zeros, first.bits_per_code)
 

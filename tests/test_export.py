@@ -178,6 +178,31 @@ def test_awq_holds_the_same_matrix(sym, made, tmp_path):
         np.testing.assert_array_equal(awq_dequantize(parts(tensors, name), 32), weight.dequantize().double().numpy())
 
 
+NF4, FP4 = ([{"method": "nf", "type": t, "group_size": 32}] for t in ("nf4", "fp4"))
+INT8 = [{"method": "rtn", "bits": 8, "group_size": -1, "sym": True}]
+
+
+def bnb_dequantize(t: dict) -> np.ndarray:
+    if "SCB" in t:
+        return t["weight"].numpy() * (t["SCB"].double().numpy() / 127)[:, None]
+    (key,) = (k for k in t if "quant_state" in k)
+    state = json.loads(t[key].numpy().tobytes())
+    octets = t["weight"].numpy().ravel()
+    q = np.stack([octets // 16, octets % 16], 1).reshape(-1, state["blocksize"])  # blocks run through the whole weight, row by row
+    return (t["weight.quant_map"].double().numpy()[q] * t["weight.absmax"].double().numpy()[:, None]).reshape(state["shape"])
+
+
+@pytest.mark.parametrize("steps", [NF4, FP4, INT8])
+def test_bitsandbytes_holds_the_same_matrix(steps, made, tmp_path):
+    artifact = made(steps=steps)
+    out, config = export(artifact, "bitsandbytes", tmp_path / "out")
+    q = config["quantization_config"]
+    assert q["load_in_8bit"] is not q["load_in_4bit"] and q["load_in_8bit"] is (steps is INT8) and q["llm_int8_skip_modules"] == ["lm_head"]
+    tensors = stored(out)
+    for name, weight in formats(artifact).items():
+        np.testing.assert_allclose(bnb_dequantize(parts(tensors, name)), weight.dequantize().double().numpy(), rtol=1e-7)
+
+
 def test_scales_are_widened_to_the_models_dtype_never_narrowed(made, tmp_path):
     artifact = made(dtype=torch.float32)
     tensors = stored(export(artifact, "compressed-tensors", tmp_path / "out")[0])
@@ -229,6 +254,14 @@ def test_what_a_manifest_says_before_any_tensor_is_read_is_what_export_does(name
             with pytest.raises(CompressError) as error:
                 compress.export(str(artifact), to, tmp_path / to)
             assert all(reason in str(error.value) for reason in reasons)
+
+
+def test_bitsandbytes_refusals(made, tmp_path):
+    assert "int4 g32 asym is neither NF4 nor FP4 nor 8 bits" in refused(made(), "bitsandbytes", tmp_path)
+    assert "blocks of 16, bitsandbytes has 32, 64" in refused(made(steps=[{"method": "nf", "group_size": 16}]), "bitsandbytes", tmp_path)
+    assert "leaves the experts of a bitsandbytes checkpoint random" in refused(made("mixtral", steps=NF4), "bitsandbytes", tmp_path)
+    mixed = [dict(NF4[0], match="*_attn*"), dict(INT8[0], match="*mlp*")]
+    assert "4 and 8 bits in one model, and most layers have 4" in refused(made(steps=mixed), "bitsandbytes", tmp_path)
 
 
 def test_a_plan_is_judged_by_its_formats(tmp_path):
@@ -346,7 +379,8 @@ def test_the_command_line(made, tmp_path, capsys):
 @pytest.mark.parametrize(("name", "to", "options"), [
     ("llama", "gptq", {"sym": True}), ("llama", "gptq-v2", {"bits": 3}), ("llama", "awq", {}), ("llama", "compressed-tensors", {"bits": 5}),
     ("qwen2", "compressed-tensors", {"sym": True}), ("opt", "gptq-v2", {"bits": 8}), ("mixtral", "compressed-tensors", {"sym": True}),
-    ("qwen3_moe", "compressed-tensors", {"bits": 8, "group_size": -1, "sym": True})])  # fmt: skip
+    ("qwen3_moe", "compressed-tensors", {"bits": 8, "group_size": -1, "sym": True}), ("qwen3", "bitsandbytes", {"steps": NF4}),
+    ("gpt2", "bitsandbytes", {"steps": FP4}), ("opt", "bitsandbytes", {"steps": INT8})])  # fmt: skip
 def test_export_and_import_give_the_same_codes(name, to, options, made, tmp_path):
     artifact = made(name, **options)
     export(artifact, to, tmp_path / "out")
@@ -356,8 +390,8 @@ def test_export_and_import_give_the_same_codes(name, to, options, made, tmp_path
     before, after = formats(artifact), formats(tmp_path / "back")
     assert before.keys() == after.keys()
     for layer, weight in before.items():
-        assert torch.equal(weight.unpack(), after[layer].unpack()) and torch.equal(weight.zero_points(), after[layer].zero_points())
-        assert torch.equal(weight.scales.float(), after[layer].scales.float()) and (weight.zeros is None) == (after[layer].zeros is None)
+        assert torch.equal(weight.unpack(), after[layer].unpack()) and weight.describe() == after[layer].describe()
+        assert torch.equal(weight.scales.float(), after[layer].scales.float()) and torch.equal(weight.dequantize(), after[layer].dequantize())
 
 
 def test_import_refuses_what_it_cannot_hold(made, tmp_path):
@@ -370,9 +404,9 @@ def test_import_refuses_what_it_cannot_hold(made, tmp_path):
     with pytest.raises(CompressError, match="act-order with a group index that is not contiguous"):
         compress.import_checkpoint(str(out), tmp_path / "back")
     assert not (tmp_path / "back").exists()
-    config["quantization_config"]["quant_method"] = "bitsandbytes"
+    config["quantization_config"]["quant_method"] = "hqq"
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CompressError, match="quantized by bitsandbytes, which cannot be imported; gptq, awq, compressed-tensors can"):
+    with pytest.raises(CompressError, match="quantized by hqq, which cannot be imported; gptq, awq, compressed-tensors, bitsandbytes can"):
         compress.import_checkpoint(str(out), tmp_path / "back")
 
 
@@ -415,6 +449,45 @@ class TestCompressedTensors:
                  {"method": "rtn", "match": "*.1.mlp.*", "bits": 8, "group_size": -1, "sym": True}]  # fmt: skip
         artifact = made("qwen3", torch.float32, steps=steps)
         assert kl(consumed(export(artifact, "compressed-tensors", tmp_path / "out")[0]), artifact) < 1e-9
+
+
+class TestBitsAndBytes:
+    pytestmark = needs("bitsandbytes")
+
+    @pytest.mark.parametrize(("name", "steps"), [("qwen3", NF4), ("gemma3", FP4), ("opt", NF4), ("gpt2", NF4), ("mixtral", [dict(NF4[0], match="*_attn*")]),
+                                                 ("qwen3", [dict(NF4[0], match="*.0.*"), dict(FP4[0], match="*q_proj", group_size=64)])])  # fmt: skip
+    def test_four_bits(self, name, steps, made, tmp_path):
+        from bitsandbytes.functional import dequantize_4bit
+        artifact = made(name, torch.float32, steps=steps)
+        model = consumed(export(artifact, "bitsandbytes", tmp_path / "out")[0])
+        for layer, weight in formats(artifact).items():
+            theirs = model.get_submodule(layer).weight
+            assert torch.equal(dequantize_4bit(theirs.data, theirs.quant_state), weight.dequantize())
+        assert kl(model, artifact) < 1e-4  # where the processor has it, bitsandbytes multiplies in bf16
+
+    def test_eight_bits(self, made, tmp_path):
+        from bitsandbytes.functional import int8_vectorwise_dequant
+        artifact = made("opt", torch.float32, steps=INT8)
+        model = consumed(export(artifact, "bitsandbytes", tmp_path / "out")[0])
+        for layer, weight in formats(artifact).items():
+            theirs = model.get_submodule(layer).weight
+            torch.testing.assert_close(int8_vectorwise_dequant(theirs.data, theirs.SCB), weight.dequantize(), rtol=1e-6, atol=0)
+        assert kl(model, artifact) < 1e-3  # it rounds activations to 8 bits
+
+    @pytest.mark.parametrize("double", [False, True])
+    def test_import_of_what_transformers_wrote(self, double, made, tmp_path):
+        from bitsandbytes.functional import dequantize_4bit
+        from transformers import BitsAndBytesConfig
+        made("llama", torch.bfloat16)
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(made().parent / "llama-bfloat16", quantization_config=config, dtype=torch.float32)
+        model.save_pretrained(tmp_path / "theirs")
+        shutil.copyfile(made() / "tokenizer.json", tmp_path / "theirs" / "tokenizer.json")
+        compress.import_checkpoint(str(tmp_path / "theirs"), tmp_path / "back", dtype="float32")
+        assert compress.verify(str(tmp_path / "back")).ok
+        for layer, weight in formats(tmp_path / "back").items():
+            theirs = model.get_submodule(layer).weight
+            assert torch.equal(weight.dequantize(), dequantize_4bit(theirs.data, theirs.quant_state))
 
 
 class TestGPTQModel:

@@ -25,6 +25,7 @@ from ..formats import Format
 from ..recipe import nearest
 from .awq import AWQ
 from .base import Export, Layers, Refusal, Source
+from .bitsandbytes import BitsAndBytes
 from .card import card
 from .compressed_tensors import CompressedTensors
 from .dense import Dense
@@ -32,7 +33,8 @@ from .gguf import GGUF
 from .gptq import GPTQ
 
 EXPORTS: dict[str, Export] = {
-    "dense": Dense(), "compressed-tensors": CompressedTensors(), "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(), "gguf": GGUF(),
+    "dense": Dense(), "compressed-tensors": CompressedTensors(), "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(),
+    "bitsandbytes": BitsAndBytes(), "gguf": GGUF(),
 }  # fmt: skip
 
 

@@ -57,7 +57,8 @@ def _pack(values: Tensor) -> Tensor:
 
 # ---- and back
 
-SUFFIXES = ("qweight", "qzeros", "scales")
+MARKS = ("qweight",)
+SUFFIXES = (*MARKS, "qzeros", "scales")
 
 
 def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup:

@@ -72,7 +72,8 @@ class CompressedTensors(SafetensorsExport):
 
 # ---- and back
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+MARKS = ("weight_packed",)
+SUFFIXES = (*MARKS, "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
 
 def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup:

@@ -76,7 +76,8 @@ class GPTQ(SafetensorsExport):
 
 # ---- and back
 
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+MARKS = ("qweight",)
+SUFFIXES = (*MARKS, "qzeros", "scales", "g_idx")
 
 
 def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup:
