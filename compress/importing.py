@@ -19,13 +19,13 @@ from .artifact import PROBE, LayerRecord, Manifest, Writer
 from .checkpoint import Checkpoint, Entry, read_headers
 from .errors import CompressError
 from .export import awq, bitsandbytes, compressed_tensors, gptq
-from .formats import Format, IntGroup, Lut
+from .formats import FloatBlock, Format, IntGroup, Lut
 from .linear import set_weight
 from .stream import Stream
 from .version import __version__
 from .walk import block_tensors, copy_outer
 
-Packable = IntGroup | Lut
+Packable = IntGroup | Lut | FloatBlock
 READERS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors, "bitsandbytes": bitsandbytes}
 
 
@@ -49,7 +49,9 @@ class Packed(Checkpoint):
         conv = [name for name, m in self.model.named_modules() if isinstance(m, Conv1D)]  # [in, out], GPT-2's
         for module, stored in self.packed.items():  # reads each once, so that what cannot be read is told before anything is written
             weight = self.format(module)
-            plain[f"{module}.weight"] = Entry(next(iter(stored.values())).file, weight.scales.dtype, weight.shape[::-1] if any(c.endswith(module) for c in conv) else weight.shape)
+            shape = weight.shape[::-1] if any(c.endswith(module) for c in conv) else weight.shape
+            dtype = weight.scales.dtype if weight.scales is not None and weight.scales.is_floating_point() else self.stored_dtype
+            plain[f"{module}.weight"] = Entry(next(iter(stored.values())).file, dtype, shape)
         self.entries = plain
         if outside := [m for m in self.packed if f"{m}.weight" in {key for g in self.outer_groups() for key, _ in g.sources} | set(self.unknown)]:
             raise CompressError(f"{model}: {outside[0]} is quantized and lies outside the blocks, where artifacts keep plain tensors")
@@ -97,13 +99,17 @@ class Packed(Checkpoint):
 
 def _stacked(parts: list[Packable], where: str) -> Packable:
     """Rows of one weight below those of the other."""
-    first = parts[0]
     if len({p.describe() for p in parts}) > 1:
         raise CompressError(f"{where}: its parts differ: {' and '.join(p.describe() for p in parts)}")
+    first, joined = parts[0], {name: torch.cat([p.tensors()[name] for p in parts]) for name in parts[0].tensors()}
+    if isinstance(first, IntGroup):
+        zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts if isinstance(p, IntGroup)]).to(torch.uint8)
+        return IntGroup.pack(torch.cat([p.unpack() for p in parts]), joined["scales"], zeros, first.bits_per_code)
     if isinstance(first, Lut):
-        return Lut.pack(torch.cat([p.unpack() for p in parts]), first.table, torch.cat([p.scales for p in parts]), first.name)
-    zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts]).to(torch.uint8)
-    return IntGroup.pack(torch.cat([p.unpack() for p in parts]), torch.cat([p.scales for p in parts]), zeros, first.bits_per_code)
+        return Lut(joined["codes"], first.table, joined["scales"], (len(joined["codes"]), first.shape[1]), first.name)
+    if first.describe() in ("fp8 tensor", "fp8 128×128") or any(not torch.equal(p.divisor, first.divisor) for p in parts if first.divisor is not None):
+        raise CompressError(f"{where}: its parts have scales that one {first.describe()} cannot hold")
+    return FloatBlock(joined["codes"], joined["scales"], first.divisor, first.name)
 
 
 def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 from .admm import ADMM
 from .awp import AWP
 from .dense_sparse import DenseSparse
+from .fp import FP
 from .gptq import GPTQ
 from .hqq import HQQ
 from .lnq import LNQ
@@ -23,7 +24,7 @@ from .trellis import TrellisCoding
 from .wanda import Wanda
 
 METHODS = {
-    "rtn": RTN, "nf": NF, "hqq": HQQ, "sinq": SINQ,
+    "rtn": RTN, "nf": NF, "fp": FP, "hqq": HQQ, "sinq": SINQ,
     "gptq": GPTQ, "lnq": LNQ, "trellis": TrellisCoding,
     "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM,
     "svd": SVD, "slim": SLiM, "dense-sparse": DenseSparse,
