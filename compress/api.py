@@ -271,10 +271,10 @@ def import_checkpoint(model: str, output: str | Path, *, dtype: str = "auto", ov
 
 
 def export(path: str, to: str, output: str | Path, *, base_model: str | None = None, evaluation: str | Path | dict | None = None,
-           trust_remote_code: bool = False) -> Exported:  # fmt: skip
+           push_to_hub: str | None = None, trust_remote_code: bool = False) -> Exported:  # fmt: skip
     """Write an artifact in the layout of another program (compress/export/), exact codes and scales, with a model card.
 
-    base_model: the original's hub id, for the card. evaluation: what `compress eval --json` wrote, for its table.
+    base_model: the original's hub id, for the card. evaluation: what `compress eval --json` wrote, for its table. push_to_hub: a repository to upload to.
     Raises CompressError naming every layer that the format cannot express, and what could be, before anything is written.
     """
     try:
@@ -283,7 +283,8 @@ def export(path: str, to: str, output: str | Path, *, base_model: str | None = N
             table["perplexity"]["token"], table["windows"], table["tokens"], table["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressError(f"{evaluation}: not what `compress eval --json` writes ({error})") from error
-    return _export(resolve(path), to, Path(output), base_model=base_model, evaluation=table, trust_remote_code=trust_remote_code)
+    return _export(resolve(path), to, Path(output), base_model=base_model, evaluation=table, push_to_hub=push_to_hub,
+                   trust_remote_code=trust_remote_code)  # fmt: skip
 
 
 # ---- small print

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .artifact import PROBE, LayerRecord, Manifest, Writer
+from .artifact import PROBE, Fallback, LayerRecord, Manifest, Writer
 from .checkpoint import Checkpoint, Entry, read_headers
 from .errors import CompressError
 from .export import awq, bitsandbytes, compressed_tensors, gptq
@@ -129,7 +129,10 @@ def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:
         headers[f"block-{i:05d}"] = writer.commit(f"block-{i:05d}", block_tensors(block, name, formats, layers), layers, [])
         probe.advance(block)
     stem = PROBE.removesuffix(".safetensors")
-    headers[stem] = writer.commit(stem, {"tokens": probe.tokens, "logits": next(probe.logits())[:, -kept:].float()}, {}, [])
+    groups = source.quantization.get("config_groups", {}).values()
+    notes = [Fallback(what="activations not rounded", where="every layer", detail="its server rounds them to 8 bits as they come; an artifact holds weights")]
+    headers[stem] = writer.commit(stem, {"tokens": probe.tokens, "logits": next(probe.logits())[:, -kept:].float()}, {},
+                                  [n.model_dump() for n in notes] if any(g.get("input_activations") for g in groups) else [])  # fmt: skip
     records = [r for h in headers.values() for r in h["layers"].values()]
     stored = sum(torch.Size(t["shape"]).numel() * getattr(torch, t["dtype"]).itemsize
                  for h in headers.values() for t in h["tensors"].values() if t["shard"] != PROBE)  # fmt: skip

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
@@ -31,10 +33,12 @@ from .compressed_tensors import CompressedTensors
 from .dense import Dense
 from .gguf import GGUF
 from .gptq import GPTQ
+from .mlx import MLX
+from .onnx import ONNX
 
 EXPORTS: dict[str, Export] = {
-    "dense": Dense(), "compressed-tensors": CompressedTensors(), "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(),
-    "bitsandbytes": BitsAndBytes(), "gguf": GGUF(),
+    "dense": Dense(), "compressed-tensors": CompressedTensors(), "compressed-tensors-w8a8": CompressedTensors(activations=True),
+    "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(), "bitsandbytes": BitsAndBytes(), "mlx": MLX(), "gguf": GGUF(), "onnx": ONNX(),
 }  # fmt: skip
 
 
@@ -77,7 +81,7 @@ def can_export(layers: Mapping[str, Format], config: PreTrainedConfig, model: nn
 
 
 def write(folder: Path, to: str, output: Path, *, base_model: str | None = None, evaluation: dict | None = None,
-          trust_remote_code: bool = False) -> Exported:  # fmt: skip
+          push_to_hub: str | None = None, trust_remote_code: bool = False) -> Exported:  # fmt: skip
     """Export the artifact in `folder`. Raises CompressError naming every refused layer before `output` is touched."""
     chosen = find(to)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -103,7 +107,19 @@ def write(folder: Path, to: str, output: Path, *, base_model: str | None = None,
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CompressError(f"{output}: cannot be written: {error}; nothing is left there") from error
+    if push_to_hub:
+        _push(output, push_to_hub)
     return Exported(str(output), to, len(source.layers), size, source.notes)
+
+
+def _push(folder: Path, repository: str) -> None:
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message=f"Upload {folder.name}")
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise CompressError(f"{repository}: cannot be pushed ({' '.join(str(error).split())[:300]}); {folder} is complete: try again with "
+                            f"`hf upload {repository} {folder}`") from error  # fmt: skip
 
 
 def _grouped(refused: list[Refusal]) -> list[str]:

@@ -154,7 +154,7 @@ class Source(Layers, ArtifactCheckpoint):
         tensors = {}
         for t, name in record.places(layer).items():
             described = self.manifest.tensors[name]
-            read = t in ("scales", "zeros")
+            read = t in ("scales", "zeros", "divisor")
             tensors[t] = self.read_stored(name) if read else torch.empty(described.shape, dtype=getattr(torch, described.dtype), device="meta")
         return build(record.format, tensors)
 
@@ -179,6 +179,10 @@ class Export:
         """Every layer that cannot be expressed; empty: `write` will succeed. Raises CompressError where the whole model cannot."""
         raise NotImplementedError
 
+    def widened(self, source: Layers) -> list[str]:
+        """Layers that the consumer gets multiplied out, as floats: none where it has a layout for all."""
+        return []
+
     def write(self, source: Source, folder: Path) -> None:
         """Write the weights and what describes them into an empty folder; companions and the model card are not its business."""
         raise NotImplementedError
@@ -190,6 +194,8 @@ class Export:
 
 class SafetensorsExport(Export):
     """An export that is a Hugging Face folder: shards, an index, config.json."""
+
+    key = "quantization_config"  # where in config.json the consumer looks
 
     def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
         """What the consumer stores for one linear, by suffix: {"qweight": ..., "scales": ...}."""
@@ -223,7 +229,7 @@ class SafetensorsExport(Export):
             total += sum(t.numel() * t.element_size() for t in made.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         quantization = self.config(source)
-        write_json(folder / "config.json", source.config_json() | ({"quantization_config": quantization} if quantization else {}))
+        write_json(folder / "config.json", source.config_json() | ({self.key: quantization} if quantization else {}))
 
 
 # ---- the uniform integer grids that every consumer of integers shares
@@ -294,9 +300,14 @@ def wide_scales(source: Source, weight: IntGroup) -> Tensor:
     return weight.scales.to(torch.promote_types(weight.scales.dtype, source.model_dtype))
 
 
+def fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Does the dtype hold every value exactly? Of values that are only planned it is taken for granted."""
+    return values.is_meta or torch.equal(values.to(dtype).float(), values.float())
+
+
 def fits_half(values: Tensor) -> bool:
-    """Does fp16 hold every value exactly? It holds bf16 ones from 2⁻¹⁷ to 65504. Of values that are only planned it is taken for granted."""
-    return values.is_meta or torch.equal(values.half().float(), values.float())
+    """fp16 holds bf16 values from 2⁻¹⁷ to 65504."""
+    return fits(values, torch.float16)
 
 
 def uniform_refusals(found: dict[str, Scheme], to: str) -> list[Refusal]:
@@ -306,7 +317,7 @@ def uniform_refusals(found: dict[str, Scheme], to: str) -> list[Refusal]:
             for name, s in found.items() if usual and s != usual]  # fmt: skip
 
 
-def fused_refusals(source: Layers, found: dict[str, Scheme]) -> list[Refusal]:
+def fused_refusals(source: Layers, found: Mapping[str, Any]) -> list[Refusal]:
     """Layers that a server multiplies as one matrix (q, k and v; gate and up; all experts of a block) but that differ in scheme."""
     groups: dict[str, set[str]] = {}
     names = {m: layer for layer in source.layers for m in source.modules(layer)} | {m: m for m in source.kept}

@@ -38,7 +38,8 @@ class BitsAndBytes(SafetensorsExport):
             if weight.name not in TABLES or weight.scales is None:
                 return Refusal(layer, f"{weight.describe()} has levels of its own", "{method: nf}")
             if block not in BLOCKS:
-                return Refusal(layer, f"blocks of {block}, bitsandbytes has {', '.join(map(str, BLOCKS))}", f"{{method: nf, type: {weight.name}, group_size: 64}}")
+                return Refusal(layer, f"blocks of {block}, bitsandbytes has {', '.join(map(str, BLOCKS))}",
+                               f"{{method: nf, type: {weight.name}, group_size: 64}}")  # fmt: skip
         elif not isinstance(weight, IntGroup) or (weight.bits_per_code, weight.groups, weight.zeros) != (8, 1, None):
             return Refusal(layer, f"{weight.describe()} is neither NF4 nor FP4 nor 8 bits with one symmetric group a row",
                            "{method: nf}, or {method: gptq, bits: 8, group_size: -1, sym: true}")  # fmt: skip
@@ -48,7 +49,8 @@ class BitsAndBytes(SafetensorsExport):
 
     def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
         if isinstance(weight, IntGroup):
-            return {"weight": (weight.unpack() ^ 128).view(torch.int8), "SCB": 127 * weight.scales.float()[:, 0], "weight_format": torch.tensor(0, dtype=torch.uint8)}
+            return {"weight": (weight.unpack() ^ 128).view(torch.int8), "SCB": 127 * weight.scales.float()[:, 0],
+                    "weight_format": torch.tensor(0, dtype=torch.uint8)}  # fmt: skip
         assert isinstance(weight, Lut) and weight.scales is not None
         q = weight.unpack().view(-1, 2)
         state = {"quant_type": weight.name, "blocksize": weight.shape[1] // weight.scales.shape[1], "dtype": str(source.model_dtype)[6:],

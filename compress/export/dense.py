@@ -15,6 +15,9 @@ class Dense(SafetensorsExport):
     def refusals(self, source: Layers) -> list[Refusal]:
         return []
 
+    def widened(self, source: Layers) -> list[str]:
+        return list(source.layers)
+
     def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
         W = weight.dequantize(source.model_dtype)
         return {"weight": W.T if layer in source.transposed else W}

@@ -42,6 +42,9 @@ class GGUF(Export):
             raise CompressError(f"gguf: rope type {rope} of a {kind} model is not mapped here; use --to dense and llama.cpp's converter")
         return []
 
+    def widened(self, source: Layers) -> list[str]:
+        return [name for name in source.layers if _type(source.peek(name)) is None]
+
     def write(self, source: Source, folder: Path) -> None:
         gguf = _library()
         arch = gguf.MODEL_ARCH[ARCHITECTURES[source.config.model_type]]
