@@ -244,7 +244,11 @@ def loads_in(path: str) -> dict[str, list[str]]:
     """Consumer → why it cannot hold an artifact, empty where it can (`compress export --to` it). From the manifest alone."""
     folder = resolve(path, weights=False)
     manifest = read_manifest(folder)
-    return can_export({name: empty(name, manifest) for name in manifest.layers}, AutoConfig.from_pretrained(folder))
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise CompressError(f"{path}: transformers cannot read its config.json ({str(error).splitlines()[0]})") from error
+    return can_export({name: empty(name, manifest) for name in manifest.layers}, config)
 
 
 def verify(path: str, *, trust_remote_code: bool = False) -> Verification:

@@ -173,8 +173,12 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
     _fallbacks(manifest.fallbacks)
     if not manifest.fallbacks:
         out.print("no fallbacks")
-    loads = api.loads_in(path)
-    out.print(f"loads in: {', '.join(to for to, reasons in loads.items() if not reasons)}", highlight=False, soft_wrap=True)
+    try:
+        loads = api.loads_in(path)
+        out.print(f"loads in: {', '.join(to for to, reasons in loads.items() if not reasons)}", highlight=False, soft_wrap=True)
+    except CompressError as error:  # a model of remote code: its layers can be listed all the same
+        loads = {}
+        out.print(f"loads in: not known, {error}", style="yellow", highlight=False, soft_wrap=True)
     save(json_, manifest.model_dump() | {"seconds": seconds, "loads_in": loads})
 
 

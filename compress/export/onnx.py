@@ -1,7 +1,8 @@
 """ONNX: the dense model as one graph for onnxruntime and what is built on it, through torch.onnx (pip install compress[onnx]).
 
-Weights are multiplied out as for --to dense; the graph takes input_ids int64 [batch, tokens] and gives logits, no cache of keys and values, so it
-scores and evaluates; it is not what generates fastest. The whole model is in memory while torch traces it, the one export for which that is so.
+Weights are multiplied out as for --to dense and stored as fp32, which every operator of onnxruntime takes; the graph takes input_ids int64
+[batch, tokens] and gives logits, no cache of keys and values, so it scores and evaluates; it is not what generates fastest. The whole model is in
+memory while torch traces it, the one export for which that is so.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from ..artifact import write_json
 from ..errors import CompressError
 from .base import Layers, Refusal, Source
 from .dense import Dense
@@ -39,7 +39,8 @@ class ONNX(Dense):
             import onnxscript  # noqa: F401  what torch.onnx writes through
         except ImportError as error:
             raise CompressError("onnx: onnxscript is not installed; pip install onnx onnxscript") from error
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager",
+                                                     trust_remote_code=source.trust_remote_code).eval()  # fmt: skip
         tokens = torch.zeros(2, 8, dtype=torch.int64)
         axes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=model.config.get_text_config().max_position_embeddings)}}
         try:
@@ -51,7 +52,6 @@ class ONNX(Dense):
                                 "use --to dense") from error  # fmt: skip
         for file in folder.glob("*.safetensors*"):
             file.unlink()
-        write_json(folder / "config.json", source.config_json())
 
     def load_line(self, name: str) -> str:
         return f'onnxruntime.InferenceSession("{name}/model.onnx").run(["logits"], {{"input_ids": tokens}})'
