@@ -300,10 +300,10 @@ class Checkpoint:
 
 
 def dominant_dtype(entries: dict[str, Entry]) -> torch.dtype:
-    """The float type that most weights are stored in; a model may keep a few (router biases, norms) wider."""
+    """The float type that most weights are stored in; a model may keep a few (router biases, norms) wider. 8-bit floats are codes, not weights."""
     counts: dict[torch.dtype, int] = {}
     for e in entries.values():
-        if e.dtype.is_floating_point:
+        if e.dtype.is_floating_point and e.dtype.itemsize > 1:
             counts[e.dtype] = counts.get(e.dtype, 0) + torch.Size(e.shape).numel()
     if not counts:
         raise CompressError("the weight files hold no floating-point tensor: not a model that can be compressed")

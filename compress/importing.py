@@ -104,10 +104,11 @@ def _stacked(parts: list[Packable], where: str) -> Packable:
     first, joined = parts[0], {name: torch.cat([p.tensors()[name] for p in parts]) for name in parts[0].tensors()}
     if isinstance(first, IntGroup):
         zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts if isinstance(p, IntGroup)]).to(torch.uint8)
-        return IntGroup.pack(torch.cat([p.unpack() for p in parts]), joined["scales"], zeros, first.bits_per_code)
+        return IntGroup.pack(torch.cat([p.unpack() for p in parts]), joined["scales"], zeros, first.bits_per_code)  # zero points are packed across rows
     if isinstance(first, Lut):
         return Lut(joined["codes"], first.table, joined["scales"], (len(joined["codes"]), first.shape[1]), first.name)
-    if first.describe() in ("fp8 tensor", "fp8 128×128") or any(not torch.equal(p.divisor, first.divisor) for p in parts if first.divisor is not None):
+    divisors = {float(p.divisor) for p in parts if isinstance(p, FloatBlock) and p.divisor is not None}
+    if first.block[0] > 1 or len(divisors) > 1:
         raise CompressError(f"{where}: its parts have scales that one {first.describe()} cannot hold")
     return FloatBlock(joined["codes"], joined["scales"], first.divisor, first.name)
 
