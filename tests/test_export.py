@@ -23,6 +23,7 @@ from compress.artifact import INDEX
 from compress.export import EXPORTS, base, can_export, write
 from compress.formats import FloatBlock, IntGroup, Lut, build
 from compress.importing import READERS
+from compress.methods import FP
 from compress.methods.nf import TABLES
 
 TOKENS = torch.randint(0, 256, (1, 32), generator=torch.Generator().manual_seed(1))
@@ -347,7 +348,10 @@ def test_refusals_of_floats_and_groups(made, tmp_path):
     assert "8-bit activations are multiplied by fp8" in refused(made(), "compressed-tensors-w8a8", tmp_path)
     assert "groups of 16, mlx has 32, 64, 128; nearest recipe {bits: 4, group_size: 64, sym: false}" in refused(made(group_size=16), "mlx", tmp_path)
     assert "nvfp4 has scales that mlx has not" in refused(made(steps=fp("nvfp4")), "mlx", tmp_path)
-    assert "is not made of whole 128×128 blocks" in refused(made(steps=fp("fp8", scale="block")), "compressed-tensors", tmp_path)
+    ragged = FP(scale="block")(torch.ones(192, 256), None, stored=torch.bfloat16)
+    whole = SimpleNamespace(peek=lambda _: ragged, transposed=set(), experts=set())
+    assert "192×256 is not made of whole 128×128 blocks" in EXPORTS["compressed-tensors"]._refusal("a", whole).reason
+    assert "int-quantized tensors transformers 5 cannot convert" in refused(made("mixtral", steps=INT8), "compressed-tensors-w8a8", tmp_path)
     assert "fp8 channel is not a uniform integer grid" in refused(made(steps=fp("fp8")), "awq", tmp_path)
     assert "zero points that are fractions of a step" in refused(made(steps=[{"method": "hqq", "group_size": 32}]), "gptq-v2", tmp_path)
     halves = [dict(fp("fp8")[0], match="*q_proj"), dict(fp("mxfp4")[0], match="*k_proj")]
@@ -416,8 +420,8 @@ PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 def vllm_kernel(q: dict, layer: str) -> str | None:
     """What CompressedTensorsConfig.get_scheme picks for a linear of its model, whose parts lie apart on disk; None: it is not quantized."""
-    parent, _, leaf = layer.rpartition(".")
-    names = [f"{parent}.{p}" for p in PARTS.get(leaf, [leaf])]
+    leaf = layer.rpartition(".")[2]
+    names = [layer.removesuffix(leaf) + p for p in PARTS.get(leaf, [leaf])]
     ignored = {n in q["ignore"] for n in names}
     assert len(ignored) == 1, "Found a different quantization schemes"
     if ignored.pop():
@@ -641,7 +645,7 @@ def test_import_refuses_what_it_cannot_hold(made, tmp_path):
 
 
 def consumed(out: Path, **options) -> torch.nn.Module:
-    model, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True, **options)
+    model, info = AutoModelForCausalLM.from_pretrained(out, **{"dtype": torch.float32, "output_loading_info": True, **options})
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model
 
@@ -681,8 +685,9 @@ class TestCompressedTensors:
     @pytest.mark.parametrize(("name", "kind"), [("qwen3", "fp8"), ("gemma3", "fp8"), ("opt", "fp8"), ("mixtral", "fp8"), ("qwen3", "mxfp4"), ("opt", "mxfp4"),
                                                 ("qwen3", "nvfp4"), ("gemma3", "nvfp4")])  # fmt: skip
     def test_floats(self, name, kind, made, tmp_path):
-        artifact = made(name, torch.float32, steps=fp(kind))
-        assert kl(consumed(export(artifact, "compressed-tensors", tmp_path / "out")[0]), artifact) < 1e-9
+        dtype = torch.float32 if kind == "fp8" else torch.bfloat16  # 4-bit floats are unpacked to bf16, whatever the model's dtype
+        artifact = made(name, dtype, steps=fp(kind))
+        assert kl(consumed(export(artifact, "compressed-tensors", tmp_path / "out")[0], dtype=dtype), artifact, dtype) < 1e-9
 
     @pytest.mark.parametrize("steps", [INT8, fp("fp8")])
     def test_w8a8(self, steps, made, tmp_path):
@@ -694,7 +699,7 @@ class TestMLX:
     pytestmark = needs("mlx", "mlx_lm")
 
     @pytest.mark.parametrize(("name", "options"), [
-        ("llama", {"sym": True}), ("qwen3", {}), ("gemma3", {"bits": 6}), ("mixtral", {"sym": True}), ("gpt_neox", {"bits": 3}),
+        ("llama", {"sym": True}), ("qwen3", {}), ("gemma2", {"bits": 6}), ("mixtral", {"sym": True}), ("phi3", {"bits": 3}),
         ("qwen3", {"steps": fp("mxfp4")}),
         ("llama", {"steps": [dict(fp("mxfp4")[0], match="*mlp*"), {"method": "rtn", "bits": 8, "group_size": 32}]})])  # fmt: skip
     def test_loads_and_matches(self, name, options, made, tmp_path):
@@ -709,7 +714,7 @@ class TestMLX:
 class TestONNX:
     pytestmark = needs("onnxscript", "onnxruntime")
 
-    @pytest.mark.parametrize("name", ["llama", "opt"])
+    @pytest.mark.parametrize("name", ["opt"])
     def test_onnxruntime_gives_the_logits(self, name, made, tmp_path):
         import onnxruntime
         artifact = made(name, torch.float32)

@@ -73,6 +73,8 @@ class CompressedTensors(SafetensorsExport):
         elif layer in source.experts and isinstance(weight, IntGroup) and weight.zeros is not None:
             return Refusal(layer, "an expert with zero points, which transformers cannot unpack (huggingface/transformers#47430)",
                            replace(scheme(weight), sym=True).recipe)  # fmt: skip
+        if self.activations and layer in source.experts and isinstance(weight, IntGroup):
+            return Refusal(layer, "an expert, whose int-quantized tensors transformers 5 cannot convert", "w8-fp8, or --to compressed-tensors")
         if self.activations and not (weight.describe().startswith("fp8") or (isinstance(weight, IntGroup) and scheme(weight) == Scheme(8, -1, True))):
             return Refusal(layer, f"{weight.describe()}: 8-bit activations are multiplied by fp8, or by 8 bits with one symmetric group a row", WEIGHT_ONLY)
         return None
@@ -106,6 +108,9 @@ class CompressedTensors(SafetensorsExport):
             source.note("transformers 5.23 with compressed-tensors 0.20 expects zero points unpacked", "asymmetric layers",
                         "load with quantization_config=CompressedTensorsConfig(dequantize=True)" if len(groups) == 1 else
                         "with more than one scheme it cannot; transformers 5.17 with compressed-tensors 0.19 can")  # fmt: skip
+        if any(isinstance(s, Floats) and s.bits == 4 for s in groups) and source.model_dtype != torch.bfloat16:
+            source.note("transformers with compressed-tensors 0.20 unpacks 4-bit floats to bf16", f"a model of {str(source.model_dtype)[6:]}",
+                        "load with dtype=torch.bfloat16: their values fit it exactly")  # fmt: skip
         if self.activations:
             source.note("activations are rounded to 8 bits when it runs", "every layer", "one scale a token; `eval` here does not")
             if Floats("fp8 tensor") in groups:

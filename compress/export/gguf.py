@@ -21,6 +21,7 @@ from torch import Tensor
 from ..artifact import PROBE
 from ..errors import CompressError
 from ..formats import Format, IntGroup, build, packing
+from ..formats.int_group import symmetric_zero
 from .base import Export, Layers, Refusal, Source, fits_half
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type → gguf.MODEL_ARCH
@@ -102,8 +103,10 @@ def _type(weight: Format) -> str | None:
         return None
     if weight.levels == 2 or (weight.zeros is not None and weight.zeros.is_floating_point()):
         return None  # zero points between two levels
-    planned = weight.zeros is not None and weight.zeros.is_meta  # then any zero point may come
-    zeros = torch.tensor([0.0, weight.levels - 1]) if planned else weight.zero_points()
+    if weight.zeros is None:
+        zeros = torch.tensor([symmetric_zero(weight.bits_per_code, weight.levels)])
+    else:  # of a plan: any may come
+        zeros = torch.tensor([0.0, weight.levels - 1]) if weight.zeros.is_meta else weight.zero_points()
     low, high = -float(zeros.max()), weight.levels - 1 - float(zeros.min())
     return next((name for name, o in OFFSET.items() if -o <= low and high <= o - 1), None)
 
