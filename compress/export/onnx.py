@@ -45,7 +45,8 @@ class ONNX(Dense):
         axes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=model.config.get_text_config().max_position_embeddings)}}
         try:
             with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-                program = torch.onnx.export(Logits(model).eval(), (tokens,), dynamo=True, dynamic_shapes=axes, input_names=["input_ids"], output_names=["logits"])
+                program = torch.onnx.export(Logits(model).eval(), (tokens,), dynamo=True, dynamic_shapes=axes, input_names=["input_ids"],
+                                            output_names=["logits"])  # fmt: skip
             program.save(folder / "model.onnx", external_data=True)
         except Exception as error:  # torch.onnx raises a dozen kinds; a user needs the first line of any of them
             raise CompressError(f"onnx: torch.onnx cannot carry a {source.config.model_type} model ({' '.join(str(error).split())[:200]}); "
