@@ -8,8 +8,8 @@
     nvfp4-pack-quantized   weight_packed, weight_scale E4M3 [out, in/16], weight_global_scale fp32 [1] that the scales are divided by
 
 Their signed integer is ours minus 2^(b−1), and they store it plus 2^(b−1): the packed words are ours, bit for bit. Widths of 3, 5, 6 and 7 bits are
-dense streams in compressed-tensors 0.19; 0.17 and earlier left bits of each word unused and cannot read these. The sparse bitmask layouts were dropped
-in 0.19, by vLLM too: zeros go out with --to dense.
+dense streams in compressed-tensors 0.19; 0.17 and earlier left bits of each word unused and cannot read these. The sparse bitmask layouts
+have no decompressor there any more: zeros go out with --to dense.
 With `activations` (--to compressed-tensors-w8a8) the server rounds its activations to 8 bits a token and multiplies integers or FP8.
 """
 
