@@ -1,6 +1,5 @@
 """Writes docs/methods.md from the methods and recipes themselves, and the table of docs/export.md: python docs/generate.py"""
 
-import string
 from pathlib import Path
 
 import torch
@@ -71,7 +70,7 @@ def exports() -> str:
     config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=8, vocab_size=256, dtype=torch.bfloat16)
     model = Layers({}, config).model
     linears = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
-    letters: dict[str, str] = {}
+    numbers: dict[str, int] = {}
     rows = []
     for name in recipe.names():
         chosen, cells = recipe.load(name), []
@@ -79,13 +78,13 @@ def exports() -> str:
         source = Layers(planned, config, model)
         for consumer in EXPORTS.values():
             if refused := consumer.refusals(source):
-                reasons = dict.fromkeys(f"{r.reason}; nearest: {r.recipe}" for r in refused)
-                cells.append("no " + " ".join(letters.setdefault(reason, f"({string.ascii_letters[len(letters)]})") for reason in reasons))
+                reasons = dict.fromkeys(r.reason.replace(planned[r.layer].describe(), "this") for r in refused)
+                cells.append("no: " + ", ".join(str(numbers.setdefault(reason, len(numbers) + 1)) for reason in reasons))
             else:
                 cells.append("multiplied out" if consumer.widened(source) else "yes")
         rows.append(f"| `{name}` | {' | '.join(cells)} |")
     table = [f"| recipe | {' | '.join(f'`{to}`' for to in EXPORTS)} |", "|---" * (len(EXPORTS) + 1) + "|", *rows, "",
-             *(f"- {letter} {reason}" for reason, letter in letters.items()), ""]  # fmt: skip
+             *(f"{number}. {reason}" for reason, number in numbers.items()), ""]  # fmt: skip
     before, rest = EXPORT.read_text(encoding="utf-8").split(MARKS[0])
     return before + MARKS[0] + "\n" + "\n".join(table) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
 
