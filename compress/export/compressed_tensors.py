@@ -16,6 +16,7 @@ With `activations` (--to compressed-tensors-w8a8) the server rounds its activati
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,11 @@ from ..errors import CompressError
 from ..formats import FloatBlock, Format, IntGroup, packing
 from .base import Layers, Refusal, SafetensorsExport, Scheme, Source, fused_refusals, integer_refusal, integers, scheme, schemes, wide_scales
 
-PACKED = "pack-quantized"
+FLOATS: dict[str, dict[str, Any]] = {  # what their QuantizationArgs say of ours, by description
+    "fp8 channel": {}, "fp8 tensor": {"strategy": "tensor"}, "fp8 128×128": {"strategy": "block", "block_structure": [128, 128]},
+    "mxfp4": {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"},
+    "nvfp4": {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"},
+}  # fmt: skip
 WEIGHT_ONLY = "--to compressed-tensors, or w8-fp8, or {method: gptq, bits: 8, group_size: -1, sym: true}"
 
 
@@ -121,17 +126,14 @@ class CompressedTensors(SafetensorsExport):
                 "quantization_status": "compressed", "ignore": source.kept, "config_groups": made}  # fmt: skip
 
     def _group(self, s: Scheme | Floats, targets: list[str]) -> dict:
-        weights = {"num_bits": s.bits, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False, "actorder": None}
-        layout = "int-quantized" if self.activations else PACKED
+        weights: dict[str, Any] = {"num_bits": s.bits, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False,
+                                   "actorder": None}  # fmt: skip
         if isinstance(s, Scheme):
+            layout = "int-quantized" if self.activations else "pack-quantized"
             weights |= {"symmetric": s.sym, **({} if s.group_size == -1 else {"strategy": "group", "group_size": s.group_size})}
         else:
             layout = "float-quantized" if s.bits == 8 else f"{s.kind}-pack-quantized"
-            weights |= {"type": "float"} | {
-                "fp8 channel": {}, "fp8 tensor": {"strategy": "tensor"}, "fp8 128×128": {"strategy": "block", "block_structure": [128, 128]},
-                "mxfp4": {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"},
-                "nvfp4": {"strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn",
-                          "zp_dtype": "torch.float8_e4m3fn"}}[s.kind]  # fmt: skip
+            weights |= {"type": "float", **FLOATS[s.kind]}
         inputs = {"num_bits": 8, "type": weights["type"], "symmetric": True, "dynamic": True,
                   **({"strategy": "group", "group_size": 128} if weights["strategy"] == "block" else {"strategy": "token"})}  # fmt: skip
         return {"targets": targets, "weights": weights, "input_activations": inputs if self.activations else None, "output_activations": None,

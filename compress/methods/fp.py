@@ -39,7 +39,8 @@ class FP:
         if self.type == "fp8":
             return self._fp8(weight, IntOptions.scale_dtype(stored))
         W = weight.view(out, -1, check_group_size(n, BLOCK[self.type], where))
-        amax, G = W.abs().amax(-1), None
+        amax = W.abs().amax(-1)
+        G: Tensor | None = None
         if self.type == "mxfp4":
             k = torch.floor(torch.log2(amax.clamp(min=2.0**-120))) - 2
             candidates = [(k + d + 127).clamp(0, 254).to(torch.uint8) for d in ((0, -1, 1) if self.search else (0,))]
