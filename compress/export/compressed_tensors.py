@@ -153,7 +153,7 @@ def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup | Flo
     """A stored linear as our integer grid or our floats: the same codes, scales and zero points."""
     groups, scales = config.get("config_groups", {}).values(), tensors["weight_scale"]
     inputs = [g["input_activations"] for g in groups if g.get("input_activations")]
-    if config.get("transform_config") or not all(i["dynamic"] is True and i["num_bits"] == 8 for i in inputs):
+    if config.get("transform_config") or not all(i.get("dynamic") is True and i["num_bits"] == 8 for i in inputs):
         raise CompressError(f"{where}: its activations are transformed, or quantized to other than 8 bits as they come, which an artifact does not hold")
     if "weight_packed" not in tensors:
         W = tensors["weight"]
