@@ -12,8 +12,9 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import hf as _hf  # noqa: F401  registers the quantizer, so that AutoModelForCausalLM.from_pretrained(artifact) works
-from .api import Report, auto, diagnose, evaluate, export, extract, heal, import_checkpoint, inspect, load, plan, run, verify
+from .api import Report, auto, diagnose, evaluate, export, extract, heal, import_checkpoint, inspect, load, loads_in, plan, run, verify
 from .errors import CompressError
+from .export import can_export
 from .recipe import Recipe, Step
 from .version import __version__
 
@@ -21,7 +22,7 @@ from .version import __version__
 eval = evaluate
 
 __all__ = [
-    "CompressError", "Recipe", "Report", "Step", "__version__", "auto", "diagnose", "eval", "evaluate", "export", "extract", "heal", "import_checkpoint",
-    "inspect", "load",
+    "CompressError", "Recipe", "Report", "Step", "__version__", "auto", "can_export", "diagnose", "eval", "evaluate", "export", "extract", "heal",
+    "import_checkpoint", "inspect", "load", "loads_in",
     "plan", "run", "verify",
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import allocate, artifact, importing, preflight, progress, transforms, verification
 from . import distill as _distill
@@ -38,11 +38,12 @@ from .diagnose import diagnose as _diagnose
 from .errors import CompressError
 from .eval import compare as _compare
 from .experts import fused_experts
-from .export import Exported
+from .export import Exported, can_export
 from .export import write as _export
 from .formats import build
 from .heal import heal as _heal
 from .healing.options import Heal
+from .hf import empty
 from .judge import Judge
 from .linear import CompressedLinear
 from .preflight import SCHEDULE_WINDOWS, Plan
@@ -381,6 +382,17 @@ def inspect(path: str) -> Manifest:
     return read_manifest(resolve(path, weights=False))
 
 
+def loads_in(path: str) -> dict[str, list[str]]:
+    """Consumer → why it cannot hold an artifact, empty where it can (`compress export --to` it). From the manifest alone."""
+    folder = resolve(path, weights=False)
+    manifest = read_manifest(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise CompressError(f"{path}: transformers cannot read its config.json ({str(error).splitlines()[0]})") from error
+    return can_export({name: empty(name, manifest) for name in manifest.layers}, config)
+
+
 def verify(path: str, *, trust_remote_code: bool = False) -> Verification:
     """Check an artifact in this process; `compress verify` is the same in a fresh one."""
     return verification.verify(resolve(path), trust_remote_code=trust_remote_code)
@@ -413,10 +425,10 @@ def extract(model: str, output: str | Path, *, width: float, dtype: str = "auto"
 
 
 def export(path: str, to: str, output: str | Path, *, base_model: str | None = None, evaluation: str | Path | dict | None = None,
-           trust_remote_code: bool = False) -> Exported:  # fmt: skip
+           push_to_hub: str | None = None, trust_remote_code: bool = False) -> Exported:  # fmt: skip
     """Write an artifact in the layout of another program (compress/export/), exact codes and scales, with a model card.
 
-    base_model: the original's hub id, for the card. evaluation: what `compress eval --json` wrote, for its table.
+    base_model: the original's hub id, for the card. evaluation: what `compress eval --json` wrote, for its table. push_to_hub: a repository to upload to.
     Raises CompressError naming every layer that the format cannot express, and what could be, before anything is written.
     """
     try:
@@ -425,7 +437,8 @@ def export(path: str, to: str, output: str | Path, *, base_model: str | None = N
             table["perplexity"]["token"], table["windows"], table["tokens"], table["data"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompressError(f"{evaluation}: not what `compress eval --json` writes ({error})") from error
-    return _export(resolve(path), to, Path(output), base_model=base_model, evaluation=table, trust_remote_code=trust_remote_code)
+    return _export(resolve(path), to, Path(output), base_model=base_model, evaluation=table, push_to_hub=push_to_hub,
+                   trust_remote_code=trust_remote_code)  # fmt: skip
 
 
 # ---- small print

@@ -23,7 +23,7 @@ from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -87,6 +87,17 @@ def hub_headers(model: str) -> dict[str, Entry]:
         raise CompressError(f"{model}: its safetensors headers cannot be read from the hub ({type(error).__name__}: {str(error).splitlines()[0]})") from error
 
 
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False, name: str = "") -> nn.Module:
+    """The model that a configuration describes, on meta with real buffers. Raises CompressError where transformers has no class for it."""
+    with init_empty_weights(include_buffers=False):
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        except (ValueError, KeyError) as error:
+            raise CompressError(f"{name or config.model_type}: not a causal language model that can be built ({str(error).splitlines()[0]})") from error
+    model.tie_weights()
+    return reshape(model).eval()
+
+
 class Checkpoint:
     """Lazy view of a causal language model on disk. `dtype` is the dtype blocks compute in; stored tensors are read as they are."""
 
@@ -117,13 +128,7 @@ class Checkpoint:
     @cached_property
     def model(self) -> nn.Module:
         """The model on meta with real buffers; blocks and outer modules are copied from it and filled."""
-        with init_empty_weights(include_buffers=False):
-            try:
-                model = AutoModelForCausalLM.from_config(self.config, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
-            except (ValueError, KeyError) as error:
-                raise CompressError(f"{self.name}: not a causal language model that can be built ({str(error).splitlines()[0]})") from error
-        model.tie_weights()
-        return reshape(model).eval()
+        return skeleton(self.config, self.dtype, self.trust_remote_code, self.name)
 
     @cached_property
     def blocks_path(self) -> str:
@@ -315,10 +320,10 @@ class Checkpoint:
 
 
 def dominant_dtype(entries: dict[str, Entry]) -> torch.dtype:
-    """The float type that most weights are stored in; a model may keep a few (router biases, norms) wider."""
+    """The float type that most weights are stored in; a model may keep a few (router biases, norms) wider. 8-bit floats are codes, not weights."""
     counts: dict[torch.dtype, int] = {}
     for e in entries.values():
-        if e.dtype.is_floating_point:
+        if e.dtype.is_floating_point and e.dtype.itemsize > 1:
             counts[e.dtype] = counts.get(e.dtype, 0) + torch.Size(e.shape).numel()
     if not counts:
         raise CompressError("the weight files hold no floating-point tensor: not a model that can be compressed")

@@ -286,7 +286,13 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
     _fallbacks(manifest.fallbacks)
     if not manifest.fallbacks:
         out.print("no fallbacks")
-    save(json_, manifest.model_dump() | {"seconds": seconds})
+    try:
+        loads = api.loads_in(path)
+        out.print(f"loads in: {', '.join(to for to, reasons in loads.items() if not reasons)}", highlight=False, soft_wrap=True)
+    except CompressError as error:  # a model of remote code: its layers can be listed all the same
+        loads = {}
+        out.print(f"loads in: not known, {error}", style="yellow", highlight=False, soft_wrap=True)
+    save(json_, manifest.model_dump() | {"seconds": seconds, "loads_in": loads})
 
 
 def _methods(json_: Path | None) -> None:
@@ -318,12 +324,13 @@ def export(path: Artifact, to: Annotated[str, typer.Option(help=", ".join(EXPORT
            output: Annotated[str, typer.Option("--output", "-o", help="A new folder")],
            base_model: Annotated[str | None, typer.Option(help="The original's hub id, for the model card")] = None,
            evaluation: Annotated[str | None, typer.Option(help="What `eval --json` wrote, for the model card")] = None,
+           push_to_hub: Annotated[str | None, typer.Option(help="Upload the folder to this repository, USER/NAME")] = None,
            trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Write an artifact as another program reads it: exact codes and scales, or a refusal that names the layers.
 
     compress export out --to compressed-tensors -o served --base-model Qwen/Qwen3-0.6B
     """
-    result = api.export(path, to, output, base_model=base_model, evaluation=evaluation, trust_remote_code=trust_remote_code)
+    result = api.export(path, to, output, base_model=base_model, evaluation=evaluation, push_to_hub=push_to_hub, trust_remote_code=trust_remote_code)
     out.print(str(result), highlight=False, soft_wrap=True)
     for n in result.notes:
         out.print(f"note: {n.what}, {n.where}: {n.detail}", style="yellow", highlight=False, soft_wrap=True)
@@ -344,8 +351,18 @@ def extract(model: Model, output: Annotated[str, typer.Option("--output", "-o", 
     save(json_, report.to_json())
 
 
+@app.command()
+def decompress(path: Artifact, output: Annotated[str, typer.Option("--output", "-o", help="A new folder")], trust_remote_code: Remote = False,
+               json_: Json = None) -> None:  # fmt: skip
+    """Multiply an artifact out into a plain model of the original's dtype, for any program that reads one: `export --to dense`.
+
+    compress decompress out -o dense
+    """
+    export(path, "dense", output, trust_remote_code=trust_remote_code, json_=json_)
+
+
 @app.command(name="import")
-def import_(model: Annotated[str, typer.Argument(help="A checkpoint quantized by GPTQ, AWQ or compressed-tensors")],
+def import_(model: Annotated[str, typer.Argument(help="A checkpoint quantized by GPTQ, AWQ, compressed-tensors or bitsandbytes")],
             output: Annotated[str, typer.Option("--output", "-o", help="Folder of the artifact")], dtype: DType = "auto",
             overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
             trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Import: a GPTQ, AWQ or compressed-tensors checkpoint as an artifact. Exact codes and scales, nothing is rounded or calibrated.
+"""Import: a GPTQ, AWQ, compressed-tensors or bitsandbytes checkpoint as an artifact. Exact codes and scales, nothing is rounded or calibrated.
 
 The quantized linears of the checkpoint are seen as plain weights of the model that config.json describes, so that blocks are found, filled and
 sent probe tokens as everywhere else; then each gets the format that its own tensors spell (the `read` of its file in compress/export/). What
@@ -13,18 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from .artifact import PROBE, LayerRecord, Manifest, Writer, totals
+from .artifact import PROBE, Fallback, LayerRecord, Manifest, Writer, totals
 from .checkpoint import Checkpoint, Entry, read_headers
 from .errors import CompressError
-from .export import awq, compressed_tensors, gptq
-from .formats import Format, IntGroup
+from .export import awq, bitsandbytes, compressed_tensors, gptq
+from .formats import FloatBlock, Format, IntGroup, Lut
 from .linear import set_weight
 from .stream import Stream
 from .version import __version__
 from .walk import block_tensors, copy_outer
 
-READERS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors}
+Packable = IntGroup | Lut | FloatBlock
+READERS: dict[str, ModuleType] = {"gptq": gptq, "awq": awq, "compressed-tensors": compressed_tensors, "bitsandbytes": bitsandbytes}
 
 
 class Packed(Checkpoint):
@@ -32,21 +34,24 @@ class Packed(Checkpoint):
 
     def __init__(self, model: str, **kwargs):
         super().__init__(model, **kwargs)
-        main = self.reader.SUFFIXES[0]
-        packed = {key.removesuffix(f".{main}") for key in self.entries if key.endswith(f".{main}")}
+        split = lambda key, suffixes: next(((key.removesuffix(f".{s}"), s) for s in suffixes if key.endswith(f".{s}")), (key, ""))
+        packed = {module for key in self.entries for module, mark in [split(key, self.reader.MARKS)] if mark}
         if not packed:
-            raise CompressError(f"{model}: config.json says {self.method}, but no tensor is called *.{main}")
+            raise CompressError(f"{model}: config.json says {self.method}, but no tensor is called *.{' or *.'.join(self.reader.MARKS)}")
         self.packed: dict[str, dict[str, Entry]] = {module: {} for module in sorted(packed)}
         plain: dict[str, Entry] = {}
         for key, entry in self.entries.items():
-            module, _, suffix = key.rpartition(".")
-            if module in packed and suffix in self.reader.SUFFIXES:
+            module, suffix = split(key, self.reader.SUFFIXES)
+            if module in packed and suffix:
                 self.packed[module][suffix] = entry
             else:
                 plain[key] = entry
+        conv = [name for name, m in self.model.named_modules() if isinstance(m, Conv1D)]  # [in, out], GPT-2's
         for module, stored in self.packed.items():  # reads each once, so that what cannot be read is told before anything is written
             weight = self.format(module)
-            plain[f"{module}.weight"] = Entry(stored[main].file, weight.scales.dtype, weight.shape)
+            shape = weight.shape[::-1] if any(c.endswith(module) for c in conv) else weight.shape
+            dtype = weight.scales.dtype if weight.scales is not None and weight.scales.is_floating_point() else self.stored_dtype
+            plain[f"{module}.weight"] = Entry(next(iter(stored.values())).file, dtype, shape)
         self.entries = plain
         if outside := [m for m in self.packed if f"{m}.weight" in {key for g in self.outer_groups() for key, _ in g.sources} | set(self.unknown)]:
             raise CompressError(f"{model}: {outside[0]} is quantized and lies outside the blocks, where artifacts keep plain tensors")
@@ -67,7 +72,7 @@ class Packed(Checkpoint):
             return torch.zeros(self.entries[key].shape, dtype=self.entries[key].dtype)
         return super().read_stored(key)
 
-    def format(self, module: str) -> IntGroup:
+    def format(self, module: str) -> Packable:
         """A packed linear as its tensors spell it. Raises CompressError where our integer grid cannot hold it."""
         return self.reader.read({s: self.read_from(e.file, f"{module}.{s}") for s, e in self.packed[module].items()}, self.quantization, module)
 
@@ -92,13 +97,20 @@ class Packed(Checkpoint):
         return found
 
 
-def _stacked(parts: list[IntGroup], where: str) -> IntGroup:
+def _stacked(parts: list[Packable], where: str) -> Packable:
     """Rows of one weight below those of the other."""
-    first = parts[0]
-    if len({(p.bits_per_code, p.group_size, p.zeros is None) for p in parts}) > 1:
-        raise CompressError(f"{where}: its parts differ in bits, group size or symmetry")
-    zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts]).to(torch.uint8)
-    return IntGroup.pack(torch.cat([p.unpack() for p in parts]), torch.cat([p.scales for p in parts]), zeros, first.bits_per_code)
+    if len({p.describe() for p in parts}) > 1:
+        raise CompressError(f"{where}: its parts differ: {' and '.join(p.describe() for p in parts)}")
+    first, joined = parts[0], {name: torch.cat([p.tensors()[name] for p in parts]) for name in parts[0].tensors()}
+    if isinstance(first, IntGroup):
+        zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts if isinstance(p, IntGroup)]).to(torch.uint8)
+        return IntGroup.pack(torch.cat([p.unpack() for p in parts]), joined["scales"], zeros, first.bits_per_code)  # zero points are packed across rows
+    if isinstance(first, Lut):
+        return Lut(joined["codes"], first.table, joined["scales"], (len(joined["codes"]), first.shape[1]), first.name)
+    divisors = {float(p.divisor) for p in parts if isinstance(p, FloatBlock) and p.divisor is not None}
+    if first.block[0] > 1 or len(divisors) > 1:
+        raise CompressError(f"{where}: its parts have scales that one {first.describe()} cannot hold")
+    return FloatBlock(joined["codes"], joined["scales"], first.divisor, first.name)
 
 
 def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:
@@ -118,7 +130,10 @@ def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:
         headers[f"block-{i:05d}"] = writer.commit(f"block-{i:05d}", block_tensors(block, name, formats, layers), layers, [])
         probe.advance(block)
     stem = PROBE.removesuffix(".safetensors")
-    headers[stem] = writer.commit(stem, {"tokens": probe.tokens, "logits": next(probe.logits())[:, -kept:].float()}, {}, [])
+    groups = source.quantization.get("config_groups", {}).values()
+    notes = [Fallback(what="activations not rounded", where="every layer", detail="its server rounds them to 8 bits as they come; an artifact holds weights")]
+    headers[stem] = writer.commit(stem, {"tokens": probe.tokens, "logits": next(probe.logits())[:, -kept:].float()}, {},
+                                  [n.model_dump() for n in notes] if any(g.get("input_activations") for g in groups) else [])  # fmt: skip
     parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
     sizes = totals(headers, parameters, sum(e.nbytes for e in read_headers(source.path).values()))
     return writer.finish(headers, source.path, source.changes, source.blocks_path, sizes, __version__)

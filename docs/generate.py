@@ -1,9 +1,14 @@
-"""Writes docs/methods.md from the methods and recipes themselves: python docs/generate.py"""
+"""Writes docs/methods.md from the methods and recipes themselves, and the table of docs/export.md: python docs/generate.py"""
 
 from pathlib import Path
 
+import torch
+from transformers import LlamaConfig
+
 from compress import recipe
 from compress.distill import Distill
+from compress.export import EXPORTS
+from compress.export.base import Layers
 from compress.healing.options import Heal
 from compress.methods import METHODS, describe
 from compress.scaling import BLOCKS
@@ -67,5 +72,34 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+EXPORT = Path(__file__).parent / "export.md"
+MARKS = ("<!-- recipes: written by `python docs/generate.py`; a test compares -->\n", "<!-- end of recipes -->\n")
+
+
+def exports() -> str:
+    """docs/export.md with its table of recipes and consumers as `can_export` judges them, on a Llama of two blocks that no tensor is made of."""
+    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=8, vocab_size=256, dtype=torch.bfloat16)
+    model = Layers({}, config).model
+    linears = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    numbers: dict[str, int] = {}
+    rows = []
+    for name in recipe.names():
+        chosen, cells = recipe.load(name), []
+        planned = {n: step.build().planned(shape, torch.bfloat16, n) for n, shape in linears.items() if (step := chosen.step_for(n)) is not None}
+        source = Layers(planned, config, model)
+        for consumer in EXPORTS.values():
+            if refused := consumer.refusals(source):
+                reasons = dict.fromkeys(r.reason.replace(planned[r.layer].describe(), "this") for r in refused)
+                cells.append("no: " + ", ".join(str(numbers.setdefault(reason, len(numbers) + 1)) for reason in reasons))
+            else:
+                cells.append("multiplied out" if consumer.widened(source) else "yes")
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    table = [f"| recipe | {' | '.join(f'`{to}`' for to in EXPORTS)} |", "|---" * (len(EXPORTS) + 1) + "|", *rows, "",
+             *(f"{number}. {reason}" for reason, number in numbers.items()), ""]  # fmt: skip
+    before, rest = EXPORT.read_text(encoding="utf-8").split(MARKS[0])
+    return before + MARKS[0] + "\n" + "\n".join(table) + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+
+
 if __name__ == "__main__":
     (Path(__file__).parent / "methods.md").write_text(page(), encoding="utf-8")
+    EXPORT.write_text(exports(), encoding="utf-8")

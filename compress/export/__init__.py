@@ -10,26 +10,36 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig
 
 from ..artifact import Fallback, companions
 from ..errors import CompressError
+from ..formats import Format
 from ..recipe import nearest
 from ..skeleton import KEY
 from .awq import AWQ
-from .base import Export, Refusal, Source
+from .base import Export, Layers, Refusal, Source
+from .bitsandbytes import BitsAndBytes
 from .card import card
 from .compressed_tensors import CompressedTensors
 from .dense import Dense
 from .gguf import GGUF
 from .gptq import GPTQ
+from .mlx import MLX
+from .onnx import ONNX
 
 EXPORTS: dict[str, Export] = {
-    "dense": Dense(), "compressed-tensors": CompressedTensors(), "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(), "gguf": GGUF(),
+    "dense": Dense(), "compressed-tensors": CompressedTensors(), "compressed-tensors-w8a8": CompressedTensors(activations=True),
+    "gptq": GPTQ(1), "gptq-v2": GPTQ(2), "awq": AWQ(), "bitsandbytes": BitsAndBytes(), "mlx": MLX(), "gguf": GGUF(), "onnx": ONNX(),
 }  # fmt: skip
 
 
@@ -56,13 +66,23 @@ def find(to: str) -> Export:
     return EXPORTS[to]
 
 
-def can_export(source: Source, to: str) -> list[Refusal]:
-    """Every layer of the artifact that the format cannot express; empty: `export` will write it."""
-    return find(to).refusals(source)
+def can_export(layers: Mapping[str, Format], config: PreTrainedConfig, model: nn.Module | None = None) -> dict[str, list[str]]:
+    """Consumer → what it cannot express, a phrase for all layers of one reason; empty: it will hold them all. Reads no tensor.
+
+    layers: path → Format on meta, of a plan (`method.planned`) or a manifest (`hf.empty`); config: the model's; model: its skeleton, where one is at hand.
+    What depends on values, whether fp16 holds the scales, is taken for granted here and checked by `export`.
+    """
+    described, found = Layers(layers, config, model), {}
+    for to, consumer in EXPORTS.items():
+        try:
+            found[to] = _grouped(consumer.refusals(described))
+        except CompressError as error:  # the model as a whole
+            found[to] = [str(error)]
+    return found
 
 
 def write(folder: Path, to: str, output: Path, *, base_model: str | None = None, evaluation: dict | None = None,
-          trust_remote_code: bool = False) -> Exported:  # fmt: skip
+          push_to_hub: str | None = None, trust_remote_code: bool = False) -> Exported:  # fmt: skip
     """Export the artifact in `folder`. Raises CompressError naming every refused layer before `output` is touched."""
     chosen = find(to)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -70,7 +90,7 @@ def write(folder: Path, to: str, output: Path, *, base_model: str | None = None,
     source = Source(folder, trust_remote_code)
     if any(getattr(source.config, KEY, None) or ()):
         raise CompressError(f"{folder}: its blocks differ in shape, which no configuration of {source.config.model_type} can say; make it again with --uniform")
-    if refused := can_export(source, to):
+    if refused := chosen.refusals(source):
         raise CompressError(f"{len({r.layer for r in refused})} of {len(source.layers)} layers cannot be exported as {to}: {'; '.join(_grouped(refused))}")
     parent = output.absolute().parent
     try:
@@ -90,7 +110,19 @@ def write(folder: Path, to: str, output: Path, *, base_model: str | None = None,
             shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CompressError(f"{output}: cannot be written: {error}; nothing is left there") from error
+    if push_to_hub:
+        _push(output, push_to_hub)
     return Exported(str(output), to, len(source.layers), size, source.notes)
+
+
+def _push(folder: Path, repository: str) -> None:
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message=f"Upload {folder.name}")
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise CompressError(f"{repository}: cannot be pushed ({' '.join(str(error).split())[:300]}); {folder} is complete: try again with "
+                            f"`hf upload {repository} {folder}`") from error  # fmt: skip
 
 
 def _grouped(refused: list[Refusal]) -> list[str]:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
-from .base import Refusal, SafetensorsExport, Source, fits_half, fused_refusals, integer_refusal, integers, linear_refusal, schemes, uniform_refusals
+from .base import Layers, Refusal, SafetensorsExport, Source, fits_half, fused_refusals, integer_refusal, integers, linear_refusal, schemes, uniform_refusals
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 class AWQ(SafetensorsExport):
-    def refusals(self, source: Source) -> list[Refusal]:
+    def refusals(self, source: Layers) -> list[Refusal]:
         refused = [r for name in source.layers if (r := linear_refusal(name, source, "awq") or self._refusal(name, source.peek(name)))]
         found = {} if refused else {name: replace(s, sym=False) for name, s in schemes(source).items()}  # symmetric ones get the zero point 8
         return refused or uniform_refusals(found, "awq") or fused_refusals(source, found)
@@ -57,7 +57,8 @@ def _pack(values: Tensor) -> Tensor:
 
 # ---- and back
 
-SUFFIXES = ("qweight", "qzeros", "scales")
+MARKS = ("qweight",)
+SUFFIXES = (*MARKS, "qzeros", "scales")
 
 
 def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup:

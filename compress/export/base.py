@@ -7,24 +7,28 @@ renames some when it loads; servers read the names on disk).
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from ..artifact import INDEX, PROBE, Fallback, read_manifest, sha256, write_json
+from ..checkpoint import skeleton
 from ..errors import CompressError
-from ..experts import fused_experts
+from ..experts import fused_experts, unfuse_experts
 from ..formats import Format, IntGroup, build, split_rows
 from ..verification import ArtifactCheckpoint
 
@@ -41,31 +45,28 @@ class Refusal:
     recipe: str
 
 
-class Source(ArtifactCheckpoint):
-    """A finished artifact, read for an export."""
+class Layers:
+    """The layers of a model and their formats: enough to judge a plan or a manifest before any tensor exists. `Source` adds what lies on disk.
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False):
-        super().__init__(folder, read_manifest(folder), trust_remote_code)
-        # what the result does not carry as asked, for the screen and the model card
-        self.notes: list[Fallback] = []  # type: ignore[assignment]
+    layers: path → Format on meta, experts by their unfused names; config: the model's, from which its skeleton is built where none is given.
+    Raises CompressError where transformers has no class for it.
+    """
 
-    @property
-    def layers(self) -> dict:
-        return self.manifest.layers
+    model: nn.Module
+
+    def __init__(self, layers: Mapping[str, Format], config: PreTrainedConfig, model: nn.Module | None = None):
+        self.layers: Mapping[str, Any] = layers
+        self.config, self.name = config, config.model_type
+        self.model = skeleton(config, config.dtype or torch.float32) if model is None else model
+
+    def peek(self, layer: str) -> Format:
+        """The format of a layer, its codes on meta; of an artifact with its scales and zero points."""
+        return self.layers[layer]
 
     @cached_property
     def model_dtype(self) -> torch.dtype:
         """What config.json says the model computes in; scales are never stored narrower."""
-        raw = self.config_json()  # not self.config: building a skeleton in another dtype writes that one there
-        return getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or str(self.stored_dtype)[6:])
-
-    def config_json(self) -> dict:
-        return {k: v for k, v in json.loads((self.path / "config.json").read_text()).items() if k != "quantization_config"}
-
-    def note(self, what: str, where: str, detail: str) -> None:
-        self.notes.append(Fallback(what=what, where=where, detail=detail))
-
-    # ---- names
+        return self.config.dtype or torch.float32
 
     @cached_property
     def spelled(self) -> dict[str, tuple[str, ...]]:
@@ -110,12 +111,40 @@ class Source(ArtifactCheckpoint):
 
     @cached_property
     def kept(self) -> list[str]:
-        """Linears that were not compressed, the head and what the model class does not know among them, by every name that a loader may use."""
-        embeddings = {name for name, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
-        found = {name for name, m in self.model.named_modules() if isinstance(m, nn.Linear) and name not in self.layers}
-        found |= {name.removesuffix(".weight") for name, t in self.manifest.tensors.items()
-                  if name.endswith(".weight") and len(t.shape) == 2 and name.removesuffix(".weight") not in embeddings}  # fmt: skip
+        """Linears that were not compressed, the head among them, by every name that a loader may use."""
+        unfused = copy.deepcopy(self.model)
+        unfuse_experts(unfused)
+        found = {name for name, m in unfused.named_modules() if isinstance(m, nn.Linear) and name not in self.layers}
         return sorted(found | {m for name in found for m in self.modules(name)})
+
+
+class Source(Layers, ArtifactCheckpoint):
+    """A finished artifact, read for an export."""
+
+    def __init__(self, folder: Path, trust_remote_code: bool = False):
+        ArtifactCheckpoint.__init__(self, folder, read_manifest(folder), trust_remote_code)
+        self.layers = self.manifest.layers
+        # what the result does not carry as asked, for the screen and the model card
+        self.notes: list[Fallback] = []  # type: ignore[assignment]
+
+    @cached_property
+    def model_dtype(self) -> torch.dtype:
+        raw = self.config_json()  # not self.config: building a skeleton in another dtype writes that one there
+        return getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or str(self.stored_dtype)[6:])
+
+    def config_json(self) -> dict:
+        return {k: v for k, v in json.loads((self.path / "config.json").read_text()).items() if k != "quantization_config"}
+
+    def note(self, what: str, where: str, detail: str) -> None:
+        self.notes.append(Fallback(what=what, where=where, detail=detail))
+
+    @cached_property
+    def kept(self) -> list[str]:
+        """What the model class does not know (multi-token prediction) among them."""
+        embeddings = {name for name, m in self.model.named_modules() if isinstance(m, nn.Embedding)}
+        found = {name.removesuffix(".weight") for name, t in self.manifest.tensors.items()
+                 if name.endswith(".weight") and len(t.shape) == 2 and name.removesuffix(".weight") not in embeddings}  # fmt: skip
+        return sorted({*super().kept, *found, *(m for name in found for m in self.modules(name))})
 
     # ---- tensors
 
@@ -125,7 +154,7 @@ class Source(ArtifactCheckpoint):
         tensors = {}
         for t, name in record.places(layer).items():
             described = self.manifest.tensors[name]
-            read = t in ("scales", "zeros")
+            read = t in ("scales", "zeros", "divisor")
             tensors[t] = self.read_stored(name) if read else torch.empty(described.shape, dtype=getattr(torch, described.dtype), device="meta")
         return build(record.format, tensors)
 
@@ -146,9 +175,13 @@ class Source(ArtifactCheckpoint):
 class Export:
     """One consumer's format: which layers it can hold, and the folder it is served from."""
 
-    def refusals(self, source: Source) -> list[Refusal]:
+    def refusals(self, source: Layers) -> list[Refusal]:
         """Every layer that cannot be expressed; empty: `write` will succeed. Raises CompressError where the whole model cannot."""
         raise NotImplementedError
+
+    def widened(self, source: Layers) -> list[str]:
+        """Layers that the consumer gets multiplied out, as floats: none where it has a layout for all."""
+        return []
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the weights and what describes them into an empty folder; companions and the model card are not its business."""
@@ -161,6 +194,8 @@ class Export:
 
 class SafetensorsExport(Export):
     """An export that is a Hugging Face folder: shards, an index, config.json."""
+
+    key = "quantization_config"  # where in config.json the consumer looks
 
     def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
         """What the consumer stores for one linear, by suffix: {"qweight": ..., "scales": ...}."""
@@ -194,7 +229,7 @@ class SafetensorsExport(Export):
             total += sum(t.numel() * t.element_size() for t in made.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         quantization = self.config(source)
-        write_json(folder / "config.json", source.config_json() | ({"quantization_config": quantization} if quantization else {}))
+        write_json(folder / "config.json", source.config_json() | ({self.key: quantization} if quantization else {}))
 
 
 # ---- the uniform integer grids that every consumer of integers shares
@@ -220,11 +255,11 @@ def scheme(weight: IntGroup) -> Scheme:
     return Scheme(weight.bits_per_code, -1 if weight.groups == 1 else weight.group_size, weight.zeros is None)
 
 
-def schemes(source: Source) -> dict[str, Scheme]:
+def schemes(source: Layers) -> dict[str, Scheme]:
     """The scheme of every integer layer. A layer with one group a row takes the group size of the others where that is its width."""
     found = {name: scheme(w) for name in source.layers if isinstance(w := source.peek(name), IntGroup)}
     for name, s in found.items():
-        width = source.layers[name].format["shape"][1]
+        width = source.peek(name).shape[1]
         if s.group_size == -1 and any(o.group_size == width and (o.bits, o.sym) == (s.bits, s.sym) for o in found.values()):
             found[name] = replace(s, group_size=width)
     return found
@@ -235,6 +270,8 @@ def integer_refusal(layer: str, weight: Format, to: str, bits: tuple[int, ...]) 
     if not isinstance(weight, IntGroup):
         return Refusal(layer, f"{weight.describe()} is not a uniform integer grid", "{method: gptq, bits: 4}, or --to dense")
     s = scheme(weight)
+    if weight.zeros is not None and weight.zeros.is_floating_point():
+        return Refusal(layer, "zero points that are fractions of a step", f"{{method: gptq, {s.recipe[1:]}, or --to dense")
     if weight.bits_per_code not in bits:
         nearest = min((b for b in bits if b >= s.bits), default=max(bits))
         return Refusal(layer, f"{s.bits} bits, {to} has {', '.join(map(str, bits))}", replace(s, bits=nearest).recipe)
@@ -243,7 +280,7 @@ def integer_refusal(layer: str, weight: Format, to: str, bits: tuple[int, ...]) 
     return None
 
 
-def linear_refusal(layer: str, source: Source, to: str) -> Refusal | None:
+def linear_refusal(layer: str, source: Layers, to: str) -> Refusal | None:
     """Is it a linear that transformers replaces by the consumer's own? Others it leaves random, with a warning at most (5.23, gptqmodel 7.7)."""
     if layer in source.transposed:
         return Refusal(layer, f"a Conv1D, which no loader of {to} replaces", "--to dense")
@@ -263,9 +300,14 @@ def wide_scales(source: Source, weight: IntGroup) -> Tensor:
     return weight.scales.to(torch.promote_types(weight.scales.dtype, source.model_dtype))
 
 
+def fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Does the dtype hold every value exactly? Of values that are only planned it is taken for granted."""
+    return values.is_meta or torch.equal(values.to(dtype).float(), values.float())
+
+
 def fits_half(values: Tensor) -> bool:
-    """Does fp16 hold every value exactly? It holds bf16 ones from 2⁻¹⁷ to 65504."""
-    return torch.equal(values.half().float(), values.float())
+    """fp16 holds bf16 values from 2⁻¹⁷ to 65504."""
+    return fits(values, torch.float16)
 
 
 def uniform_refusals(found: dict[str, Scheme], to: str) -> list[Refusal]:
@@ -275,7 +317,7 @@ def uniform_refusals(found: dict[str, Scheme], to: str) -> list[Refusal]:
             for name, s in found.items() if usual and s != usual]  # fmt: skip
 
 
-def fused_refusals(source: Source, found: dict[str, Scheme]) -> list[Refusal]:
+def fused_refusals(source: Layers, found: Mapping[str, Any]) -> list[Refusal]:
     """Layers that a server multiplies as one matrix (q, k and v; gate and up; all experts of a block) but that differ in scheme."""
     groups: dict[str, set[str]] = {}
     names = {m: layer for layer in source.layers for m in source.modules(layer)} | {m: m for m in source.kept}

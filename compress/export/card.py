@@ -11,20 +11,21 @@ import yaml
 if TYPE_CHECKING:
     from .base import Source
 
-TAGS = {"dense": "bfloat16", "gptq-v2": "gptq"}
+TAGS = {"dense": "bfloat16", "gptq-v2": "gptq", "compressed-tensors-w8a8": "compressed-tensors"}
+LIBRARIES = {"gguf": "gguf", "mlx": "mlx", "onnx": "onnx"}
 
 
 def card(source: Source, to: str, load: str, base_model: str | None, evaluation: dict | None) -> str:
     """base_model: the original's hub id; evaluation: what `compress eval --json` wrote."""
     manifest, totals, run = source.manifest, source.manifest.totals, source.manifest.run
-    front = {"library_name": "gguf" if to == "gguf" else "transformers", "pipeline_tag": "text-generation", "tags": ["compress", TAGS.get(to, to)]}
+    front = {"library_name": LIBRARIES.get(to, "transformers"), "pipeline_tag": "text-generation", "tags": ["compress", TAGS.get(to, to)]}
     if base_model:
         front |= {"base_model": base_model, "base_model_relation": "quantized"}
     formats = Counter(r.describe for r in manifest.layers.values())
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "",
              f"# {base_model or source.config.model_type}, {to}, by recipe {run['recipe']['name']}", "",
              f"Made by compress {manifest.compress} and exported as {to}: codes and scales are those of the artifact, nothing was rounded again."
-             if to != "dense" else f"Made by compress {manifest.compress}; the weights are multiplied out.", "",
+             if to not in ("dense", "onnx") else f"Made by compress {manifest.compress}; the weights are multiplied out.", "",
              "| layers | format |", "|---|---|", *(f"| {count} | {name} |" for name, count in sorted(formats.items())), "",
              f"{totals['linear_bits']:.3f} bits per compressed weight and {totals['model_bits']:.3f} over the model, as the artifact stores them.", "",
              "## Recipe", "", "```yaml", yaml.safe_dump(run["recipe"], sort_keys=False).strip(), "```", ""]  # fmt: skip

@@ -8,12 +8,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..formats import Format
-from .base import Refusal, SafetensorsExport, Source
+from .base import Layers, Refusal, SafetensorsExport, Source
 
 
 class Dense(SafetensorsExport):
-    def refusals(self, source: Source) -> list[Refusal]:
+    def refusals(self, source: Layers) -> list[Refusal]:
         return []
+
+    def widened(self, source: Layers) -> list[str]:
+        return list(source.layers)
 
     def tensors(self, source: Source, layer: str, weight: Format) -> dict[str, Tensor]:
         W = weight.dequantize(source.model_dtype)

@@ -21,7 +21,8 @@ from torch import Tensor
 from ..artifact import PROBE
 from ..errors import CompressError
 from ..formats import Format, IntGroup, build, packing
-from .base import Export, Refusal, Source, fits_half
+from ..formats.int_group import symmetric_zero
+from .base import Export, Layers, Refusal, Source, fits_half
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type → gguf.MODEL_ARCH
 OFFSET = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # ggml type → o, where k lies in −o … o − 1
@@ -33,7 +34,7 @@ SPLITS = {GPT2: "gpt-2", QWEN2: "qwen2", QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|"
 
 
 class GGUF(Export):
-    def refusals(self, source: Source) -> list[Refusal]:
+    def refusals(self, source: Layers) -> list[Refusal]:
         """None by layer: what no block type holds is stored as floats. Raises CompressError for a model that llama.cpp's names are not known of."""
         if (kind := source.config.model_type) not in ARCHITECTURES:
             raise CompressError(f"gguf: model type {kind} is not mapped to llama.cpp's names here (mapped: {', '.join(ARCHITECTURES)}); use --to dense")
@@ -41,6 +42,9 @@ class GGUF(Export):
         if rope not in ("default", "linear", "llama3") or (rope != "default" and ARCHITECTURES[kind] != "LLAMA"):
             raise CompressError(f"gguf: rope type {rope} of a {kind} model is not mapped here; use --to dense and llama.cpp's converter")
         return []
+
+    def widened(self, source: Layers) -> list[str]:
+        return [name for name in source.layers if _type(source.peek(name)) is None]
 
     def write(self, source: Source, folder: Path) -> None:
         gguf = _library()
@@ -97,9 +101,14 @@ def _type(weight: Format) -> str | None:
     """The smallest ggml type that holds a weight exactly, None where none does."""
     if not isinstance(weight, IntGroup) or weight.group_size % 32 or not fits_half(weight.scales):
         return None
-    zeros = weight.zero_points()
+    if weight.levels == 2 or (weight.zeros is not None and weight.zeros.is_floating_point()):
+        return None  # zero points between two levels
+    if weight.zeros is None:
+        zeros = torch.tensor([symmetric_zero(weight.bits_per_code, weight.levels)])
+    else:  # of a plan: any may come
+        zeros = torch.tensor([0.0, weight.levels - 1]) if weight.zeros.is_meta else weight.zero_points()
     low, high = -float(zeros.max()), weight.levels - 1 - float(zeros.min())
-    return next((name for name, o in OFFSET.items() if -o <= low and high <= o - 1), None) if low.is_integer() else None
+    return next((name for name, o in OFFSET.items() if -o <= low and high <= o - 1), None)
 
 
 def _blocks(weight: Format, kind: str) -> Tensor:

@@ -16,14 +16,27 @@ from torch import Tensor
 from ..errors import CompressError
 from ..formats import Format, IntGroup, packing
 from ..version import __version__
-from .base import Refusal, SafetensorsExport, Source, fused_refusals, integer_refusal, integers, linear_refusal, scheme, schemes, uniform_refusals, wide_scales
+from .base import (
+    Layers,
+    Refusal,
+    SafetensorsExport,
+    Source,
+    fused_refusals,
+    integer_refusal,
+    integers,
+    linear_refusal,
+    scheme,
+    schemes,
+    uniform_refusals,
+    wide_scales,
+)
 
 
 @dataclass(frozen=True)
 class GPTQ(SafetensorsExport):
     version: int
 
-    def refusals(self, source: Source) -> list[Refusal]:
+    def refusals(self, source: Layers) -> list[Refusal]:
         refused = [r for name in source.layers if (r := linear_refusal(name, source, "gptq") or self._refusal(name, source.peek(name)))]
         return refused or uniform_refusals(found := schemes(source), "gptq") or fused_refusals(source, found)
 
@@ -63,7 +76,8 @@ class GPTQ(SafetensorsExport):
 
 # ---- and back
 
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+MARKS = ("qweight",)
+SUFFIXES = (*MARKS, "qzeros", "scales", "g_idx")
 
 
 def read(tensors: dict[str, Tensor], config: dict, where: str) -> IntGroup:

@@ -16,23 +16,30 @@ from .base import Format
 from .columns import Columns
 from .combine import Product, Scaled, Sum, Transformed
 from .dense import Dense
+from .float_block import FloatBlock
 from .int_group import IntGroup
 from .lut import Lut
 from .masked import Masked
 from .sparse24 import Sparse24
 from .trellis import Trellis
 
-__all__ = ["Columns", "Dense", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build",
-           "split_rows"]  # fmt: skip
+__all__ = [
+    "Columns", "Dense", "FloatBlock", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build",
+    "split_rows",
+]  # fmt: skip
 
-FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, Masked, Sparse24, Trellis, Sum, Product, Transformed, Scaled, Columns)}
+FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, FloatBlock, Masked, Sparse24, Trellis, Sum, Product, Transformed, Scaled,
+                                                            Columns)}  # fmt: skip
 
 
 def split_rows(weight: Format, sizes: Sequence[int]) -> list[Format]:
     """Row blocks of a weight that was solved as one: of a product the left factor is cut, and all parts hold the same right one."""
     if isinstance(weight, Product):
         return [Product((left, *weight.factors[1:])) for left in split_rows(weight.factors[0], sizes)]
-    if not isinstance(weight, IntGroup):
+    if isinstance(weight, FloatBlock) and weight.block[0] == 1:
+        return [FloatBlock(codes, scales, weight.divisor, weight.name)
+                for codes, scales in zip(weight.codes.split(list(sizes)), weight.scales.split(list(sizes)), strict=True)]  # fmt: skip
+    if not isinstance(weight, IntGroup) or (weight.zeros is not None and weight.zeros.is_floating_point()):
         return [Dense(W) for W in (weight.weight if isinstance(weight, Dense) else weight.dequantize()).split(list(sizes))]
     if weight.codes.is_meta:
         return [IntGroup.planned((m, weight.shape[1]), weight.bits_per_code, weight.group_size, weight.zeros is None, weight.scales.dtype, weight.levels)

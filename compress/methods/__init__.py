@@ -10,6 +10,7 @@ from .admm import ADMM
 from .awp import AWP
 from .binary import Binary
 from .dense_sparse import DenseSparse
+from .fp import FP
 from .gptq import GPTQ
 from .hqq import HQQ
 from .lnq import LNQ
@@ -26,7 +27,7 @@ from .trellis import TrellisCoding
 from .wanda import Wanda
 
 METHODS = {
-    "rtn": RTN, "nf": NF, "hqq": HQQ, "sinq": SINQ,
+    "rtn": RTN, "nf": NF, "fp": FP, "hqq": HQQ, "sinq": SINQ,
     "gptq": GPTQ, "lnq": LNQ, "trellis": TrellisCoding, "ternary": Ternary, "binary": Binary,
     "magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT, "awp": AWP, "admm": ADMM,
     "svd": SVD, "slim": SLiM, "quant-lowrank": QuantLowRank, "dense-sparse": DenseSparse,
