@@ -12,14 +12,15 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import hf as _hf  # noqa: F401  registers the quantizer, so that AutoModelForCausalLM.from_pretrained(artifact) works
-from .api import Report, evaluate, export, import_checkpoint, inspect, load, plan, run, verify
+from .api import Page, Report, compare, evaluate, export, import_checkpoint, inspect, load, plan, report, run, verify
 from .errors import CompressError
 from .recipe import Recipe, Step
 from .version import __version__
 
-# Two verbs share their names with the folders eval/ and export/, whose modules are imported by now: `from compress.eval.compare import compare` still works.
+# Three verbs share their names with modules, which are imported by now: `from compress.eval.compare import compare` still works.
 eval = evaluate
 
 __all__ = [
-    "CompressError", "Recipe", "Report", "Step", "__version__", "eval", "evaluate", "export", "import_checkpoint", "inspect", "load", "plan", "run", "verify",
+    "CompressError", "Page", "Recipe", "Report", "Step", "__version__", "compare", "eval", "evaluate", "export", "import_checkpoint", "inspect", "load",
+    "plan", "report", "run", "verify",
 ]  # fmt: skip
