@@ -205,7 +205,7 @@ def about(recipe: Recipe) -> dict[str, Any]:
     built = [step.build() for step in recipe.steps]
     needs = frozenset[str]().union(*(method.needs for method in built))
     asks = ((recipe.distill, "text; gradients of the whole model, in memory"), (recipe.tune, "text; trains each block"),
-            ("cross" in needs, "text, twice through the model"), (needs or recipe.blocks, "text, once through the model"),
+            ("cross" in needs, "text, twice through the model"), (needs or recipe.blocks or recipe.transforms, "text, once through the model"),
             (True, "nothing: seconds"))  # fmt: skip
     bits = sorted({round(method.planned((4096, 4096), torch.bfloat16, "layer").bits(), 3) for method in built})
     return {"description": recipe.description, "bits": bits, "needs": next(text for asked, text in asks if asked)}
