@@ -281,10 +281,12 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
     key = {"artifact": _cache.stamp(folder), "reference": source and _cache.stamp(source), "data": _digest(text), "words": text.words, "dtype": dtype,
            "device": torch.device(device).type, "torch": torch.__version__, "compress": __version__}  # fmt: skip
 
+    tell = partial(progress.line, show=show)
+
     def kept(what: str, make: Callable[[], Any], **more) -> Any:
         if not Path(path).is_dir():  # a download cache is no place for results
             return make()
-        return _cache.cached(folder, key | {"what": what} | more, lambda: {"value": make()}, fresh=fresh)["value"]
+        return _cache.cached(folder, key | {"what": what} | more, lambda: {"value": make()}, fresh=fresh, tell=tell)["value"]
 
     result: dict[str, Any] = dict(kept("figures", figures))
     result |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(folder), strict=True)), "bytes": weight_bytes(folder),
@@ -376,7 +378,8 @@ def report(path: str, reference: str | None = None, data: str | CalibrationSet =
         return _depth.measure(original, viewed, squeezed, few, batch=max(1, EVAL_TOKENS // few.tokens.shape[1]), device=_device(device),
                               watch=lambda todo: progress.steps(todo, "block by block", show))  # fmt: skip
 
-    page = make_page(folder, manifest, reference, history, found, _cache.cached(folder, key, depth, fresh=fresh), _tokenizer(resolve(reference)))
+    found_depth = _cache.cached(folder, key, depth, fresh=fresh, tell=partial(progress.line, show=show))
+    page = make_page(folder, manifest, reference, history, found, found_depth, _tokenizer(resolve(reference)))
     if output is not None:
         page.save(Path(output))
     return page

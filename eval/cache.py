@@ -32,14 +32,16 @@ def stamp(folder: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def cached(folder: Path, key: dict[str, Any], make: Callable[[], dict], *, fresh: bool = False) -> dict:
-    """`make()`, or what it gave before for the same key. Only artifacts have a file; one that cannot be read or written costs time, not the result."""
+def cached(folder: Path, key: dict[str, Any], make: Callable[[], dict], *, fresh: bool = False,
+           tell: Callable[[str], None] = lambda line: None) -> dict:  # fmt: skip
+    """`make()`, or what it gave before for the same key, which `tell` is told. Only artifacts have a file; one that cannot be read or written costs time, not the result."""
     if not (folder / MANIFEST).is_file():
         return make()
     digest, held = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(), {}
     with suppress(OSError, ValueError):
         held = json.loads(path(folder).read_text())
     if not fresh and isinstance(held, dict) and (entry := held.get(digest)) and isinstance(entry.get("result"), dict):
+        tell(f"[{key.get('what', 'figures')}] measured before, from {path(folder).name} (--fresh measures again)")
         return entry["result"]
     result = make()
     with suppress(OSError, CompressError):

@@ -194,6 +194,8 @@ def test_a_damaged_file_of_results_costs_time_only(work):
     key, folder = {"a": 1}, work.experts
     cache.path(folder).write_text("{torn")
     assert cache.cached(folder, key, lambda: {"value": 1}) == {"value": 1} == cache.cached(folder, key, dict)
+    told: list[str] = []
+    assert cache.cached(folder, key, dict, tell=told.append) == {"value": 1} and "from experts.eval.json (--fresh" in told[0]
     assert cache.cached(folder, key, lambda: {"value": 2}, fresh=True) == {"value": 2} == cache.cached(folder, key, dict)
     cache.path(folder).unlink()
 
