@@ -34,7 +34,10 @@ def stamp(folder: Path) -> str:
 
 def cached(folder: Path, key: dict[str, Any], make: Callable[[], dict], *, fresh: bool = False,
            tell: Callable[[str], None] = lambda line: None) -> dict:  # fmt: skip
-    """`make()`, or what it gave before for the same key, which `tell` is told. Only artifacts have a file; one that cannot be read or written costs time, not the result."""
+    """`make()`, or what it gave before for the same key, and `tell` hears of it.
+
+    Only artifacts have a file; one that cannot be read or written costs time, not the result.
+    """
     if not (folder / MANIFEST).is_file():
         return make()
     digest, held = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest(), {}
