@@ -12,17 +12,34 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 
 from . import hf as _hf  # noqa: F401  registers the quantizer, so that AutoModelForCausalLM.from_pretrained(artifact) works
-from .api import Report, auto, diagnose, evaluate, export, extract, heal, import_checkpoint, inspect, load, loads_in, plan, run, verify
+from .api import (
+    Page,
+    Report,
+    auto,
+    compare,
+    diagnose,
+    evaluate,
+    export,
+    extract,
+    heal,
+    import_checkpoint,
+    inspect,
+    load,
+    loads_in,
+    plan,
+    report,
+    run,
+    verify,
+)
 from .errors import CompressError
 from .export import can_export
 from .recipe import Recipe, Step
 from .version import __version__
 
-# Three verbs share their names with eval/, export/ and heal.py, whose modules are imported by now: `from compress.eval.compare import compare` still works.
+# Some verbs share their names with modules, which are imported by now: `from compress.eval.compare import compare` still works.
 eval = evaluate
 
 __all__ = [
-    "CompressError", "Recipe", "Report", "Step", "__version__", "auto", "can_export", "diagnose", "eval", "evaluate", "export", "extract", "heal",
-    "import_checkpoint", "inspect", "load", "loads_in",
-    "plan", "run", "verify",
+    "CompressError", "Page", "Recipe", "Report", "Step", "__version__", "auto", "can_export", "compare", "diagnose", "eval", "evaluate", "export", "extract",
+    "heal", "import_checkpoint", "inspect", "load", "loads_in", "plan", "report", "run", "verify",
 ]  # fmt: skip

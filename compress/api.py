@@ -11,9 +11,10 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,10 @@ import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from . import allocate, artifact, importing, preflight, progress, transforms, verification
+from . import allocate, artifact, importing, plots, preflight, progress, transforms, verification
 from . import distill as _distill
 from . import recipe as _recipe
 from .allocate import Allocation
@@ -36,7 +37,12 @@ from .checkpoint import Checkpoint, dominant_dtype, read_headers, resolve
 from .diagnose import Diagnosis
 from .diagnose import diagnose as _diagnose
 from .errors import CompressError
+from .eval import cache as _cache
 from .eval import compare as _compare
+from .eval import context as _context
+from .eval import depth as _depth
+from .eval import drift as _drift
+from .eval import tasks as _tasks
 from .experts import fused_experts
 from .export import Exported, can_export
 from .export import write as _export
@@ -47,6 +53,7 @@ from .hf import empty
 from .judge import Judge
 from .linear import CompressedLinear
 from .preflight import SCHEDULE_WINDOWS, Plan
+from .report import Page, make_page
 from .schedule import scheduled
 from .skeleton import KEY
 from .stream import Stream
@@ -57,6 +64,8 @@ from .walk import Done, copy_outer, restore, walk
 
 BATCH_TOKENS = 4096  # tokens of one forward during calibration: fixed, because the order of summation is part of the result
 EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
+DRIFT_PROMPT, DRIFT_TOKENS = 32, 64  # tokens of a prompt and of its continuation
+DEPTH_WINDOWS = 8  # windows for the KL block by block, which takes many passes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -181,7 +190,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         copy_outer(source, writer, headers)
         resumed = 0
         compressed = [layer for layer in planned.layers if layer.method]
-        with progress.Layers(len(compressed), show) as screen, _log(folder) as log:
+        with progress.Layers(len(compressed), show) as screen, _log(folder, source.path) as log:
             for done in walk(source, chosen, writer, stream, original, guidance, probe, headers):
                 resumed += done.resumed
                 screen.layer(done)
@@ -341,40 +350,182 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
 
 
 def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet = "stdlib", *, samples: int | None = None, seqlen: int | None = 512,
-             seed: int = 0, device: str = "auto", dtype: str = "float32", speed: bool = False, show: bool = True,
+             seed: int = 0, device: str = "auto", dtype: str = "float32", speed: bool = False, tasks: Sequence[str] = (),
+             limit: int | None = None, drift: int = 0, lengths: Sequence[int] = (), stream: bool = False, fresh: bool = False, show: bool = True,
              trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
     """Perplexity (token and word), KL(reference ‖ compressed), top-1 agreement, each with a standard error; size; speed where asked.
 
     Both models see the same windows in the same pass, in `dtype` arithmetic with dequantized weights. samples=None: all of the text.
-    The keys are those of eval/compare.py plus bits_per_weight, bytes, setup and, with speed=True, speed and reference.speed.
+    tasks: lm-eval's names or .yaml files, the first `limit` questions of each. drift: continue that many prompts greedily with both models and count tokens
+    until they part (eval/drift.py). lengths: perplexity and KL by the length of the context (eval/context.py).
+    stream: both models block by block, one block of each in memory instead of the whole; not for speed, tasks, drift and lengths, which run the model.
+    The keys are those of eval/compare.py plus bits_per_weight, bytes, setup and, where asked, speed, tasks, drift, context (reference.speed, .tasks).
+    Figures of an artifact are kept by content in OUT.eval.json beside it (eval/cache.py); fresh=True measures again. Speed is always measured.
     """
     device = _device(device)
     torch_dtype = None if dtype == "auto" else _named(dtype)
     folder = resolve(path)
     source = resolve(reference) if reference else None
-    text = data if isinstance(data, CalibrationSet) else load_calibration(
-        data, _tokenizer(source or folder), samples=samples, seqlen=seqlen or 512, seed=seed, split="evaluation",
-        model=load(str(source or folder), device=device) if data == "self" else None)  # fmt: skip
-    models = [load(str(p), dtype=torch_dtype, device=device, policy="dense", trust_remote_code=trust_remote_code) for p in (folder, source) if p is not None]
-    if (a := models[0].get_input_embeddings().num_embeddings) != (b := models[-1].get_input_embeddings().num_embeddings):
-        raise CompressError(f"{path} has a vocabulary of {a}, {reference} of {b}: not a compressed version of it")
-    _fits(text, models[0].config, a, path)
-    batch = max(1, EVAL_TOKENS // text.tokens.shape[1])
-    streams = [progress.batches(_compare.logits_of(m, text, batch), len(text.tokens), show and m is models[0]) for m in models]
-    result = _compare.compare(streams[0], streams[1] if source else None, text)
+    if drift and not source:
+        raise CompressError("drift compares two models: give --reference")
+    if stream and (speed or tasks or drift or lengths):
+        raise CompressError("block by block there is no model to run: --stream goes with --no-speed and without tasks, drift (--prompts 0) and lengths")
+
+    @cache
+    def model(which: Path) -> nn.Module:
+        return load(str(which), dtype=torch_dtype, device=device, policy="dense", trust_remote_code=trust_remote_code)
+
+    def windows(samples: int | None, seqlen: int) -> CalibrationSet:
+        if isinstance(data, CalibrationSet):
+            return data
+        return load_calibration(data, _tokenizer(source or folder), samples=samples, seqlen=seqlen, seed=seed, split="evaluation",
+                                model=load(str(source or folder), device=device) if data == "self" else None)  # fmt: skip
+
+    def both() -> list[nn.Module]:
+        models = [model(p) for p in (folder, source) if p is not None]
+        if (a := models[0].get_input_embeddings().num_embeddings) != (b := models[-1].get_input_embeddings().num_embeddings):
+            raise CompressError(f"{path} has a vocabulary of {a}, {reference} of {b}: not a compressed version of it")
+        _fits(text, models[0].config, a, path)
+        return models
+
+    def streamed(which: Path) -> Iterator[Tensor]:
+        if (which / MANIFEST).is_file():
+            blocks: Checkpoint = verification.ArtifactCheckpoint(which, read_manifest(which), trust_remote_code, dtype=torch_dtype)
+        else:
+            blocks = Checkpoint(str(which), dtype=torch_dtype, trust_remote_code=trust_remote_code)
+        _fits(text, blocks.config, _vocabulary(blocks), str(which))
+        through = Stream(blocks, text.tokens, text.mask, batch=max(1, EVAL_TOKENS // text.tokens.shape[1]), device=device)
+        for i in progress.steps(range(blocks.num_blocks), f"{which.name}, block", show):
+            through.advance(blocks.load_block(i, device))
+        yield from through.logits()
+
+    def figures() -> dict:
+        if stream:
+            return _compare.compare(streamed(folder), streamed(source) if source else None, text)
+        models, batch = both(), max(1, EVAL_TOKENS // text.tokens.shape[1])
+        streams = [progress.batches(_compare.logits_of(m, text, batch), len(text.tokens), show and m is models[0]) for m in models]
+        return _compare.compare(streams[0], streams[1] if source else None, text)
+
+    def continued() -> dict:
+        real = text.tokens if text.mask is None else text.tokens[text.mask[:, : DRIFT_PROMPT + 1].all(1)]
+        prompts = real[:drift, :DRIFT_PROMPT]
+        written = [_drift.greedy(m, prompts.to(device), DRIFT_TOKENS).cpu() for m in both()]
+        tokenizer = _tokenizer(source or folder)
+        texts = [[tokenizer.decode(row) for row in rows.tolist()] if tokenizer else [""] * len(rows) for rows in (prompts, written[1], written[0])]
+        return _drift.drift(*written) | {"examples": [dict(zip(("prompt", "original", "compressed"), row, strict=True)) for row in zip(*texts, strict=True)]}
+
+    def by_length() -> list[dict]:
+        long = windows(samples and max(2, samples * (seqlen or 512) // max(lengths)), max(lengths))
+        models = both()
+        _fits(long, models[0].config, models[0].get_input_embeddings().num_embeddings, path)
+        return _context.by_length(models[0], models[1] if source else None, long.tokens.flatten(), lengths, tokens=EVAL_TOKENS)
+
+    text = windows(samples, seqlen or 512)
+    key = {"artifact": _cache.stamp(folder), "reference": source and _cache.stamp(source), "data": _digest(text), "words": text.words, "dtype": dtype,
+           "device": torch.device(device).type, "torch": torch.__version__, "compress": __version__}  # fmt: skip
+
+    tell = partial(progress.line, show=show)
+
+    def kept(what: str, make: Callable[[], Any], **more) -> Any:
+        if not Path(path).is_dir():  # a download cache is no place for results
+            return make()
+        return _cache.cached(folder, key | {"what": what} | more, lambda: {"value": make()}, fresh=fresh, tell=tell)["value"]
+
+    result: dict[str, Any] = dict(kept("figures", figures))
     result |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(folder), strict=True)), "bytes": weight_bytes(folder),
                "fallbacks": text.fallbacks, "data": text.record,
                "setup": {"dtype": dtype, "device": device, "torch": torch.__version__, "compress": __version__, "machine": platform.machine()}}  # fmt: skip
     if source:
         result["reference"] |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(source), strict=True)), "bytes": weight_bytes(source)}
+    if lengths:
+        result["context"] = kept("context", by_length, lengths=sorted(lengths), tokens=samples and samples * (seqlen or 512))
+    if drift:
+        result["drift"] = kept("drift", continued, prompts=drift, prompt=DRIFT_PROMPT, new=DRIFT_TOKENS)
+    if tasks:
+        named = [*tasks, limit, *(_cache.file_sha256(Path(t)) for t in tasks if Path(t).is_file())]
+        found = kept("tasks", lambda: [_tasks.run(m, _tokenizer(source or folder), tasks, limit=limit) for m in both()], tasks=named)
+        result["tasks"] = found[0]
+        if source:
+            result["reference"]["tasks"] = found[1]
+    model.cache_clear()
     if speed:
-        del models, streams
         from .eval import speed as _speed  # imported when run, so that `python -m compress.eval.speed` is not imported twice
 
         result["speed"] = _speed.measure(str(folder), device=device)  # in the model's own dtype, as it would be served
         if source:
             result["reference"]["speed"] = _speed.measure(str(source), device=device)
     return result
+
+
+def compare(paths: Sequence[str], reference: str, data: str | CalibrationSet = "stdlib", *, samples: int | None = None, seqlen: int | None = 512,
+            seed: int = 0, device: str = "auto", dtype: str = "float32", picture: str | Path | None = None, stream: bool = False, fresh: bool = False,
+            show: bool = True, trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Several artifacts of one original on the same windows, best KL first.
+
+    {"reference": path, "rows": [{"name", "path", "recipe"} and what `evaluate` gives]}
+
+    picture: a .svg or .png of size against KL. Figures that are in an artifact's OUT.eval.json are not measured again.
+    """
+    if picture and Path(picture).suffix not in (".svg", ".png"):
+        raise CompressError(f"{picture}: a picture is .svg or .png")
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        found = evaluate(path, reference, data, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, stream=stream, fresh=fresh,
+                         show=show, trust_remote_code=trust_remote_code)  # fmt: skip
+        folder = resolve(path, weights=False)
+        recipe = read_manifest(folder).run["recipe"]["name"] if (folder / MANIFEST).is_file() else None
+        rows.append({"name": folder.resolve().name, "path": path, "recipe": recipe} | found)
+    rows.sort(key=lambda r: r["kl"]["mean"])
+    if picture:
+        plots.save(plots.sizes(rows), Path(picture))
+    return {"reference": reference, "rows": rows}
+
+
+def report(path: str, reference: str | None = None, data: str | CalibrationSet = "stdlib", output: str | Path | None = None, *, samples: int | None = 32,
+           seqlen: int | None = 512, seed: int = 0, device: str = "auto", dtype: str = "float32", prompts: int = 6, speed: bool = True,
+           tasks: Sequence[str] = (), limit: int | None = None, lengths: Sequence[int] = (), stream: bool = False, fresh: bool = False, show: bool = True,
+           trust_remote_code: bool = False) -> Page:  # fmt: skip
+    """Everything there is to know about an artifact on one page: sizes, quality, where the damage is, outliers, calibration, fallbacks, texts, speed.
+
+    Returns a Page, which shows itself in a notebook; `output` writes it as one self-contained .html and the same figures as .json beside it.
+    prompts: texts that both models continue; tasks, limit, lengths, stream as for `evaluate`.
+    reference: the original; None takes the one that OUT.log.jsonl names, if it is there and its SHA-256 are those of the manifest.
+    """
+    folder = resolve(path)
+    manifest = read_manifest(folder)
+    history = log_entries(folder)
+    started: dict = next((e for e in reversed(history) if e.get("event") == "start"), {})
+    if reference is None:
+        named = started.get("model")
+        if not (named and Path(named).is_dir() and Checkpoint(named, trust_remote_code=trust_remote_code).digest() == manifest.run["source"]):
+            raise CompressError(f"{path}: the model that it was made from is not where it was; give --reference MODEL")
+        reference = str(named)
+    if output is not None and Path(output).suffix != ".html":
+        raise CompressError(f"{output}: a report is a .html file; the .json is written beside it")
+    text = data if isinstance(data, CalibrationSet) else load_calibration(
+        data, _tokenizer(resolve(reference)), samples=samples, seqlen=seqlen or 512, seed=seed, split="evaluation",
+        model=load(reference, device=_device(device)) if data == "self" else None)  # fmt: skip
+    found = evaluate(path, reference, text, seqlen=seqlen, device=device, dtype=dtype, speed=speed, drift=prompts, tasks=tasks, limit=limit,
+                     lengths=lengths, stream=stream, fresh=fresh, show=show,
+                     trust_remote_code=trust_remote_code)  # fmt: skip
+    few = replace(text, tokens=text.tokens[:DEPTH_WINDOWS], mask=None if text.mask is None else text.mask[:DEPTH_WINDOWS])
+    key = {"what": "depth", "artifact": _cache.stamp(folder), "reference": _cache.stamp(resolve(reference)), "data": _digest(few), "dtype": dtype,
+           "device": _device(device), "torch": torch.__version__, "compress": __version__}  # fmt: skip
+
+    def depth() -> dict:
+        original = Checkpoint(reference, dtype=None if dtype == "auto" else _named(dtype), trust_remote_code=trust_remote_code)
+        squeezed = verification.ArtifactCheckpoint(folder, manifest, trust_remote_code, dtype=original.dtype)
+        viewed = _recipe.viewed_as(manifest.run["recipe"], original)
+        if viewed.num_blocks != squeezed.num_blocks:
+            return {}
+        return _depth.measure(original, viewed, squeezed, few, batch=max(1, EVAL_TOKENS // few.tokens.shape[1]), device=_device(device),
+                              watch=lambda todo: progress.steps(todo, "block by block", show))  # fmt: skip
+
+    found_depth = _cache.cached(folder, key, depth, fresh=fresh, tell=partial(progress.line, show=show))
+    page = make_page(folder, manifest, reference, history, found, found_depth, _tokenizer(resolve(reference)))
+    if output is not None:
+        page.save(Path(output))
+    return page
 
 
 def inspect(path: str) -> Manifest:
@@ -595,13 +746,13 @@ def _peak_rss() -> int:
 class _log:
     """Seconds a layer, appended to OUT.log.jsonl beside the artifact: the artifact itself holds nothing that differs between two runs."""
 
-    def __init__(self, folder: Path):
-        self.path = log_path(folder)
+    def __init__(self, folder: Path, model: Path):
+        self.path, self.model = log_path(folder), str(model.resolve())
 
     def __enter__(self):
         with artifact.writing(self.path.parent):
             self.file = open(self.path, "a", encoding="utf-8")
-        self._write({"event": "start", "time": time.time(), "command": sys.argv, "machine": platform.platform(), "cpus": os.cpu_count(),
+        self._write({"event": "start", "time": time.time(), "command": sys.argv, "model": self.model, "machine": platform.platform(), "cpus": os.cpu_count(),
                      "torch": torch.__version__, "compress": __version__})  # fmt: skip
         return self
 
@@ -625,15 +776,16 @@ def log_path(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.log.jsonl"
 
 
+def log_entries(folder: Path) -> list[dict]:
+    """What OUT.log.jsonl beside an artifact says, in order; empty where it was not kept. Lines torn by a kill are left out."""
+    entries = []
+    for line in log_path(folder).read_text().splitlines() if log_path(folder).is_file() else ():
+        with suppress(ValueError):
+            if isinstance(entry := json.loads(line), dict):
+                entries.append(entry)
+    return entries
+
+
 def seconds_by_layer(folder: Path) -> dict[str, float]:
     """Seconds that each layer took, from the log beside an artifact; empty where the log was not kept."""
-    if not log_path(folder).is_file():
-        return {}
-    seconds = {}
-    for line in log_path(folder).read_text().splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # a line torn by a kill
-            entry = json.loads(line)
-            if entry["event"] == "layer":
-                seconds[entry["name"]] = float(entry["seconds"])
-    return seconds
-
+    return {str(e["name"]): float(e["seconds"]) for e in log_entries(folder) if e.get("event") == "layer" and "name" in e and "seconds" in e}

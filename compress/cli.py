@@ -20,7 +20,7 @@ from .artifact import PARTIAL
 from .calibration.data import SPECS
 from .errors import CompressError
 from .export import EXPORTS
-from .methods import describe
+from .methods import METHODS, describe
 from .scaling import BLOCKS
 from .structure import STRUCTURE
 from .structure.scratch import brief
@@ -28,8 +28,13 @@ from .version import __version__
 from .views import VIEWS
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  help="Post-training compression of Hugging Face transformers.\n\nStart with [bold]compress demo[/bold], "
-                       "or: compress run MODEL --recipe w4-gptq -o OUT && compress eval OUT --reference MODEL")  # fmt: skip
+                  help="Post-training compression of Hugging Face transformers.\n\n"
+                       "compress demo                                     [dim]the whole job on a small model, without network[/dim]\n"
+                       "compress recipes                                  [dim]what there is to choose from[/dim]\n"
+                       "compress run MODEL --recipe w4-gptq -o out        [dim]a folder or a hub id in, a folder out[/dim]\n"
+                       "compress report out                               [dim]what it cost, on one page[/dim]",
+                  epilog="Exit codes: 0 done, 1 bad input or a failed check (one line on stderr), 2 wrong usage, 130 interrupted. "
+                         "Completion in your shell: compress --install-completion")  # fmt: skip
 out = Console(width=None if sys.stdout.isatty() else 160)  # piped tables are not squeezed into 80 columns
 UsageError: Any = typer.BadParameter.__base__  # click's own, which newer versions of typer bring along under another name
 
@@ -44,6 +49,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 DType = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: what the blocks compute in")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file as JSON")]
 Uniform = Annotated[bool, typer.Option("--uniform", help="Structural steps leave a plain Hugging Face model: every layer loses the same share")]
+Speed = Annotated[bool, typer.Option("--speed/--no-speed", help="Also decode with each model in a fresh process: tokens/s, peak memory")]
+Streamed = Annotated[bool, typer.Option("--stream", help="Block by block: for models that do not fit in memory")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what OUT.eval.json beside the artifact already says")]
+Tasks = Annotated[str | None, typer.Option(help="lm-eval's tasks, names or .yaml files: hellaswag,arc_easy")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task; default all")]
+Lengths = Annotated[str | None, typer.Option(help="Perplexity and KL by the length of the context: 512,1024,2048")]
 Remote = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint")]
 
 
@@ -71,6 +82,7 @@ def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, sa
     """What a run would make and cost, before an hour is spent: bytes, RAM, disk, time, layer by layer.
 
     compress plan Qwen/Qwen3-0.6B --recipe w4-gptq
+    compress plan Qwen/Qwen3-0.6B --recipe w3-balanced --set gptq.group_size=64 --json plan.json
     """
     p = api.plan(model, recipe, settings=set_, samples=samples, seqlen=seqlen, dtype=dtype, uniform=uniform, probe=probe,
                  trust_remote_code=trust_remote_code)
@@ -102,12 +114,14 @@ def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help
     """Compress a checkpoint into an artifact folder. Interrupted? Give the same command again: finished blocks are kept.
 
     compress run Qwen/Qwen3-0.6B --recipe w4-gptq --calibration wikitext2 -o out --set gptq.bits=3
+    compress run Qwen/Qwen3-0.6B --recipe w4-rtn -o out
+    compress run ./my-model --recipe my-recipe.yaml --calibration file:texts.jsonl:body --samples 256 --strict -o out
     """
     report = api.run(model, recipe, calibration, output, settings=set_, samples=samples, seqlen=seqlen, seed=seed, pack=pack,
                      chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite, uniform=uniform,
                      trust_remote_code=trust_remote_code)  # fmt: skip
     _healed(report)
-    out.print(f"next: compress verify {output} && compress eval {output} --reference {model}", highlight=False, soft_wrap=True)
+    out.print(f"next: compress verify {output} && compress report {output}", highlight=False, soft_wrap=True)
     save(json_, report.to_json())
 
 
@@ -226,14 +240,19 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
              data: Annotated[str, typer.Option(help="SPEC of the text, as for `run --calibration`; its evaluation split")] = "stdlib",
              samples: Annotated[int | None, typer.Option(min=1, help="Windows; default all")] = None,
              seqlen: Annotated[int | None, typer.Option(min=2, help="Tokens of a window")] = 512,
-             seed: Seed = 0, device: Device = "auto", dtype: DType = "float32",
-             speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Also decode with each model in a fresh process: tokens/s, peak memory")] = True,
+             seed: Seed = 0, device: Device = "auto", dtype: DType = "float32", speed: Speed = True,
+             tasks: Tasks = None, limit: Limit = None,
+             drift: Annotated[int, typer.Option(min=0, help="Texts to continue greedily with both models: how many tokens until they part")] = 0,
+             lengths: Lengths = None, stream: Streamed = False, fresh: Fresh = False,
              trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Perplexity, KL to the original, top-1 agreement with standard errors; bits, bytes, speed and memory, both models in one run.
 
     compress eval out --reference Qwen/Qwen3-0.6B --data wikitext2 --json eval.json
+    compress eval out --reference Qwen/Qwen3-0.6B --data wikitext2 --lengths 512,1024,2048 --drift 32 --no-speed
+    compress eval out --reference Qwen/Qwen3-0.6B --tasks hellaswag,arc_easy --limit 200 --samples 16
     """
     result = api.evaluate(path, reference, data, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, speed=speed,
+                          tasks=_list(tasks), limit=limit, drift=drift, lengths=_lengths(lengths), stream=stream, fresh=fresh,
                           trust_remote_code=trust_remote_code)  # fmt: skip
     ref = result["reference"] or {}
     table = Table("", Path(path).name, *([Path(reference).name] if reference else []))
@@ -251,10 +270,69 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
     if reference:
         out.print(f"KL(original ‖ compressed) {_pm(result['kl']['mean'], result['kl']['stderr'], 5)} nats a token, "
                   f"top-1 agreement {_pm(result['top1']['agreement'], result['top1']['stderr'], 4)}", highlight=False)  # fmt: skip
+    _more(result, ref)
     out.print(f"{result['windows']} windows of {seqlen} from {data}, {result['tokens']} targets, {dtype} arithmetic; {result['data'].get('bos', '')}",
               highlight=False, soft_wrap=True)  # fmt: skip
     for f in result["fallbacks"]:
         out.print(f"fallback: {f['what']} at {f['where']}: {f['detail']}", style="yellow", highlight=False, soft_wrap=True)
+    save(json_, result)
+
+
+def _more(result: dict, ref: dict) -> None:
+    """What was asked for besides: context lengths, drift, tasks."""
+    if rows := result.get("context"):
+        table = Table("context, tokens", "perplexity", *(["original", "KL"] if ref else []))
+        for r in rows:
+            table.add_row(str(r["length"]), _pm(r["perplexity"]["token"], r["perplexity"]["token_stderr"], 3),
+                          *([f"{r['reference']['perplexity']['token']:.3f}", _pm(r["kl"]["mean"], r["kl"]["stderr"], 5)] if ref else []))  # fmt: skip
+        out.print(table)
+    if d := result.get("drift"):
+        out.print(f"written greedily, the same for {d['median']:.0f} of {d['new_tokens']} tokens in the median of {d['prompts']} texts, "
+                  f"{d['mean']:.1f} on average; {100 * d['identical']:.0f} % never part", highlight=False)  # fmt: skip
+    if tasks := result.get("tasks"):
+        table = Table("task", "metric", "compressed", *(["original"] if ref else []))
+        for task, metrics in tasks.items():
+            for name, m in metrics.items():
+                cells = [m, *([ref["tasks"][task][name]] if ref else [])]
+                table.add_row(task, name, *("–" if c["value"] is None else _pm(c["value"], c["stderr"], 4) for c in cells))
+        out.print(table)
+
+
+def _list(text: str | None) -> list[str]:
+    return [t.strip() for t in text.split(",") if t.strip()] if text else []
+
+
+def _lengths(text: str | None) -> list[int]:
+    try:
+        return [int(t) for t in _list(text)]
+    except ValueError as error:
+        raise CompressError(f"--lengths {text}: expected numbers of tokens, e.g. 512,1024,2048") from error
+
+
+@app.command()
+def compare(paths: Annotated[list[str], typer.Argument(help="Artifacts, or model folders, of the same original")],
+            reference: Annotated[str, typer.Option(help="The original model")],
+            data: Annotated[str, typer.Option(help="SPEC of the text to evaluate on")] = "stdlib",
+            samples: Annotated[int | None, typer.Option(min=1, help="Windows; default all")] = None, seqlen: Seqlen = 512, seed: Seed = 0,
+            device: Device = "auto", dtype: DType = "float32",
+            output: Annotated[Path | None, typer.Option("--output", "-o", help="Size against KL as a picture, .svg or .png")] = None,
+            stream: Streamed = False, fresh: Fresh = False, trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """Several artifacts of one original side by side: a table, best KL first, and a picture of size against KL.
+
+    compress compare out/w4 out/w3 out/w2 --reference Qwen/Qwen3-0.6B --data wikitext2
+    compress compare out/w4 out/w3 --reference Qwen/Qwen3-0.6B --data wikitext2 --samples 64 -o compare.svg --json compare.json
+    """
+    result = api.compare(paths, reference, data, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, picture=output, stream=stream,
+                         fresh=fresh, trust_remote_code=trust_remote_code)  # fmt: skip
+    table = Table("", "recipe", "weights", "bits/weight", "over the model", "KL to original", "top-1", "perplexity")
+    for r in result["rows"]:
+        table.add_row(r["name"], r["recipe"] or "–", size(r["bytes"]), *(f"{r['bits_per_weight'][k]:.2f}" for k in ("linear", "model")),
+                      _pm(r["kl"]["mean"], r["kl"]["stderr"], 5), _pm(r["top1"]["agreement"], r["top1"]["stderr"], 4),
+                      _pm(r["perplexity"]["token"], None, 3))  # fmt: skip
+    ref = result["rows"][0]["reference"]
+    table.add_row("original", "", size(ref["bytes"]), "", f"{ref['bits_per_weight']['model']:.2f}", "0", "1", f"{ref['perplexity']['token']:.3f}")
+    out.print(table)
+    out.print(f"{result['rows'][0]['windows']} windows of {seqlen} from {data}" + (f"; {output}" if output else ""), highlight=False, soft_wrap=True)
     save(json_, result)
 
 
@@ -263,14 +341,37 @@ def _pm(value: float | None, stderr: float | None, digits: int) -> str:
 
 
 @app.command()
-def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder")] = None,
-            methods: Annotated[bool, typer.Option("--methods", help="List every method with its options")] = False, json_: Json = None) -> None:  # fmt: skip
-    """The layers of an artifact: format, bits, bytes, error, time, fallbacks. With --methods: every method and its options."""
-    if methods:
-        _methods(json_)
-        return
-    if path is None:
-        raise CompressError("inspect what? give an artifact folder, or --methods")
+def report(path: Artifact,
+           reference: Annotated[str | None, typer.Option(help="The original; default: the one the run's log names, if it is there")] = None,
+           data: Annotated[str, typer.Option(help="SPEC of the text to evaluate on")] = "stdlib",
+           output: Annotated[Path, typer.Option("--output", "-o", help="The page; the same figures go into a .json beside it")] = Path("report.html"),
+           samples: Annotated[int, typer.Option(min=1, help="Windows to evaluate on")] = 32, seqlen: Seqlen = 512, seed: Seed = 0,
+           device: Device = "auto", dtype: DType = "float32",
+           prompts: Annotated[int, typer.Option(min=0, help="Texts that both models continue")] = 6,
+           tasks: Tasks = None, limit: Limit = None, lengths: Lengths = None, speed: Speed = True, stream: Streamed = False, fresh: Fresh = False,
+           trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
+    """One self-contained page about an artifact: quality, where the damage is, outliers, calibration, fallbacks, texts side by side, speed.
+
+    compress report out
+    compress report out --reference Qwen/Qwen3-0.6B --data wikitext2 --samples 64 -o out.html
+    compress report out --data wikitext2 --lengths 512,1024,2048 --tasks arc_easy --limit 200
+    """
+    page = api.report(path, reference, data, output, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, prompts=prompts,
+                      speed=speed, tasks=_list(tasks), limit=limit, lengths=_lengths(lengths),
+                      stream=stream, fresh=fresh, trust_remote_code=trust_remote_code)  # fmt: skip
+    e = page.data["evaluation"]
+    out.print(f"{output}: {size(output.stat().st_size)}, and {output.with_suffix('.json').name}; KL {_pm(e['kl']['mean'], e['kl']['stderr'], 5)}, "
+              f"top-1 {_pm(e['top1']['agreement'], e['top1']['stderr'], 4)} on {e['windows']} windows of {data}", highlight=False, soft_wrap=True)  # fmt: skip
+    save(json_, page.data)
+
+
+@app.command()
+def inspect(path: Artifact, json_: Json = None) -> None:
+    """The layers of an artifact: format, bits, bytes, error, time, fallbacks.
+
+    compress inspect out
+    compress inspect out --json layers.json
+    """
     manifest = api.inspect(path)
     seconds = api.seconds_by_layer(Path(path))
     table = Table("layer", "method", "format", "bits", "bytes", "error", "tokens", "seconds")
@@ -295,8 +396,16 @@ def inspect(path: Annotated[str | None, typer.Argument(help="An artifact folder"
     save(json_, manifest.model_dump() | {"seconds": seconds, "loads_in": loads})
 
 
-def _methods(json_: Path | None) -> None:
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="One method, view or block step; default: all")] = None, json_: Json = None) -> None:
+    """Every method, view and block step with its options, defaults and what they do; set one with --set METHOD.OPTION=VALUE.
+
+    compress methods
+    compress methods gptq
+    """
     described = [*describe(), *describe(STRUCTURE), *describe(VIEWS), *describe(BLOCKS)]
+    if name is not None and not (described := [m for m in described if m["name"] == name]):
+        raise CompressError(f"unknown method {name!r}{recipe.nearest(name, [*METHODS, *STRUCTURE, *VIEWS, *BLOCKS])}")
     for method in described:
         out.print(f"{method['name']}: {method['about']}", highlight=False, markup=False)
         table = Table("option", "default", "values", "what it does")
@@ -308,8 +417,32 @@ def _methods(json_: Path | None) -> None:
 
 
 @app.command()
+def recipes(name: Annotated[str | None, typer.Argument(help="A recipe or its file, shown as it is; default: the list")] = None,
+            json_: Json = None) -> None:  # fmt: skip
+    """The recipes that come with the package: what each is for, bits a weight on disk, what it costs.
+
+    compress recipes
+    compress recipes w4-gptq
+    """
+    listed = {n: recipe.about(recipe.load(n)) for n in ([name] if name else recipe.names())}
+    if name:
+        file = recipe.RECIPES / f"{name}.yaml" if name in recipe.names() else Path(name)
+        out.print(file.read_text().strip(), highlight=False, markup=False)
+    table = Table("recipe", "bits", "what it is for", "needs")
+    for n, about in listed.items():
+        table.add_row(n, " / ".join(f"{b:.2f}" for b in about["bits"]), escape(about["description"]), about["needs"])
+    out.print(table)
+    out.print("bits: of a 4096 × 4096 layer in the file, scales included; compress plan MODEL -r RECIPE says it of yours", highlight=False)
+    save(json_, listed)
+
+
+@app.command()
 def verify(path: Artifact, trust_remote_code: Remote = False, json_: Json = None) -> None:
-    """Check an artifact from disk: hashes, shapes, NaN, planned bits, and the logits it had in memory. Exit code 1 on any problem."""
+    """Check an artifact from disk: hashes, shapes, NaN, planned bits, and the logits it had in memory. Exit code 1 on any problem.
+
+    compress verify out
+    compress verify out --json problems.json
+    """
     result = api.verify(path, trust_remote_code=trust_remote_code)
     for problem in result.problems:
         Console(stderr=True).print(f"problem: {problem}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -329,6 +462,8 @@ def export(path: Artifact, to: Annotated[str, typer.Option(help=", ".join(EXPORT
     """Write an artifact as another program reads it: exact codes and scales, or a refusal that names the layers.
 
     compress export out --to compressed-tensors -o served --base-model Qwen/Qwen3-0.6B
+    compress export out --to gguf -o out-gguf
+    compress export out --to dense -o bf16
     """
     result = api.export(path, to, output, base_model=base_model, evaluation=evaluation, push_to_hub=push_to_hub, trust_remote_code=trust_remote_code)
     out.print(str(result), highlight=False, soft_wrap=True)
@@ -369,6 +504,7 @@ def import_(model: Annotated[str, typer.Argument(help="A checkpoint quantized by
     """Make an artifact of a checkpoint that another program quantized: exact codes, nothing rounded again.
 
     compress import TheBloke/Llama-2-7B-GPTQ -o imported
+    compress import ./quantized-by-awq -o imported --dtype bfloat16
     """
     report = api.import_checkpoint(model, output, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)
     out.print(str(report), highlight=False, soft_wrap=True)
@@ -378,7 +514,11 @@ def import_(model: Annotated[str, typer.Argument(help="A checkpoint quantized by
 @app.command(name="demo")
 def demo_(output: Annotated[str, typer.Option("--output", "-o", help="Where the artifact goes")] = "out/demo", recipe: RecipeName = "w4-gptq",
           json_: Json = None) -> None:  # fmt: skip
-    """Compress the small model that comes with the package, verify it and print what it cost and gained. Needs no network."""
+    """Compress the small model that comes with the package, verify it and print what it cost and gained. Needs no network.
+
+    compress demo
+    compress demo --recipe w3-balanced -o /tmp/demo
+    """
     save(json_, demo.demo(Path(output), recipe, out))
 
 

@@ -37,5 +37,5 @@ def demo(output: Path, recipe: str, out: Console) -> dict[str, Any]:
     out.print(table)
     out.print(f"verified: every tensor's SHA-256, and the logits of the model on disk; evaluated on {WINDOWS} windows of 512 tokens of held-out modules.\n"
               f"bits/weight counts the compressed linears with their scales; embeddings stay bf16.\n"
-              f"next: compress inspect {output}   ·   compress run YOUR_MODEL --recipe {recipe} -o out", highlight=False, soft_wrap=True)  # fmt: skip
+              f"next: compress report {output}   ·   compress run YOUR_MODEL --recipe {recipe} -o out", highlight=False, soft_wrap=True)  # fmt: skip
     return result

@@ -19,7 +19,7 @@ from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .experts import unfuse_experts
-from .export.planned import consumers
+from .export import can_export
 from .linear import get_weight
 from .methods import GPTQ, LNQ, TrellisCoding
 from .recipe import Recipe, Step, nearest
@@ -167,7 +167,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 8 * after / parameters, 8 * after / parameters,
                 OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states), after + (8 << 20),
                 _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings),
-                consumers(source, formats) if timed else {})  # fmt: skip
+                {to: "; ".join(why) for to, why in can_export(formats, source.config, source.model).items()} if timed else {})  # fmt: skip
 
 
 def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...]) -> list[str]:

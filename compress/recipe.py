@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -150,6 +151,14 @@ class Recipe(BaseModel):
         return _validate(data, self.name).check()
 
 
+def viewed_as(identity: dict[str, Any], source: Checkpoint) -> Checkpoint:
+    """The model as the views of a recipe make it, from the `identity` that a manifest keeps."""
+    views = tuple({v["view"]: {option: value for option, value in v.items() if option != "view"}} for v in identity.get("views", ()))
+    for _, view in _named("view", views, VIEWS):
+        source = view(source)
+    return source
+
+
 def _build(kind: str, name: str, options: dict[str, Any], table: dict[str, type]):
     """A frozen dataclass of `table` by its name. Raises CompressError on unknown names and bad values."""
     if name not in table:
@@ -217,6 +226,17 @@ def nearest(name: object, valid: Iterable[object]) -> str:
 def names() -> list[str]:
     """The recipes that come with the package."""
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def about(recipe: Recipe) -> dict[str, Any]:
+    """{"description", "bits": of a 4096 × 4096 bf16 layer, one a step, "needs": what a run of it asks for}."""
+    built = [step.build() for step in recipe.steps]
+    needs = frozenset[str]().union(*(method.needs for method in built))
+    asks = ((recipe.distill, "text; gradients of the whole model, in memory"), (recipe.tune, "text; trains each block"),
+            ("cross" in needs, "text, twice through the model"), (needs or recipe.blocks or recipe.transforms, "text, once through the model"),
+            (True, "nothing: seconds"))  # fmt: skip
+    bits = sorted({round(method.planned((4096, 4096), torch.bfloat16, "layer").bits(), 3) for method in built})
+    return {"description": recipe.description, "bits": bits, "needs": next(text for asked, text in asks if asked)}
 
 
 def load(recipe: str | Path | dict | Recipe) -> Recipe:

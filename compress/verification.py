@@ -47,9 +47,9 @@ class Verification:
 class ArtifactCheckpoint(Checkpoint):
     """An artifact read like a checkpoint: the same blocks, with CompressedLinear where the manifest says so."""
 
-    def __init__(self, folder: Path, manifest: Manifest, trust_remote_code: bool = False):
+    def __init__(self, folder: Path, manifest: Manifest, trust_remote_code: bool = False, dtype: torch.dtype | None = None):
         self.manifest = manifest
-        super().__init__(str(folder), dtype=getattr(torch, manifest.run["dtype"]), trust_remote_code=trust_remote_code)
+        super().__init__(str(folder), dtype=dtype or getattr(torch, manifest.run["dtype"]), trust_remote_code=trust_remote_code)
 
     def _check_config(self) -> None:
         if not self.manifest.plain and getattr(self.config, "quantization_config", {}).get("quant_method") != "compress":

@@ -22,7 +22,7 @@ HEAD = """# Methods
 <!-- Written by `python docs/generate.py` from compress/methods/ and recipes/; a test compares. Edit the field comments there. -->
 
 A method turns a weight and the statistics of its input into a stored format; its options are the fields of its dataclass. Set them in a recipe
-(`{method: gptq, bits: 3}`), on the command line (`--set gptq.bits=3`) or in Python (`settings={"gptq.bits": 3}`). `compress inspect --methods`
+(`{method: gptq, bits: 3}`), on the command line (`--set gptq.bits=3`) or in Python (`settings={"gptq.bits": 3}`). `compress methods`
 prints the methods.
 """
 

@@ -130,8 +130,8 @@ def test_inspect_with_a_damaged_log(work, tmp_path):
     assert shown["seconds"].keys() == shown["layers"].keys()
 
 
-def test_inspect_methods(tmp_path, capsys):
-    assert main("inspect", "--methods", "--json", tmp_path / "m.json") == 0
+def test_methods(tmp_path, capsys):
+    assert main("methods", "--json", tmp_path / "m.json") == 0
     methods = json.loads((tmp_path / "m.json").read_text())
     assert methods["gptq"]["options"]["bits"] == 4 and methods["rtn"]["options"]["clip"] == "none"
     assert "GPTQ: quantize a weight column by column" in methods["gptq"]["about"]
@@ -332,7 +332,7 @@ def test_wrong_usage(args, said, work, tmp_path, capsys):
 def test_wrong_usage_of_the_command_itself(work, tmp_path, capsys):
     refuses(("run", work.model), ["--output", "compress run --help"], work, tmp_path, capsys, code=2)
     refuses(("rnu", work.model), ["'rnu'", "run", "compress --help"], work, tmp_path, capsys, code=2)
-    refuses(("inspect",), ["--methods"], work, tmp_path, capsys)
+    refuses(("inspect",), ["argument", "compress inspect --help"], work, tmp_path, capsys, code=2)
 
 
 def test_output_holds_another_run(work, tmp_path, capsys):
@@ -369,7 +369,7 @@ VERBS = {
     "run": lambda w, t: run(w.model, w, t),
     "eval": lambda w, t: ("eval", w.done, "--data", w.text, "--samples", 1, "--seqlen", 32, "--no-speed"),
     "inspect": lambda w, t: ("inspect", w.done),
-    "methods": lambda w, t: ("inspect", "--methods"),
+    "methods": lambda w, t: ("methods",),
     "verify": lambda w, t: ("verify", w.done),
 }
 

@@ -204,7 +204,7 @@ def test_every_option_says_what_it_does():
     assert {o["name"]: o["default"] for o in described["gptq"]["options"]}["damp"] == METHODS["gptq"]().damp
     clip = {name: next(o for o in m["options"] if o["name"] == "clip") for name, m in described.items() if name in ("rtn", "gptq")}
     assert clip["rtn"]["default"] == "none" and "baseline" in clip["rtn"]["help"] and clip["gptq"]["default"] == "hessian"
-    assert clip["gptq"]["values"] == "none, mse, hessian"
+    assert clip["gptq"]["values"] == "none, mse, hessian, asymmetric"
 
 
 def test_docs_methods_is_up_to_date():
@@ -220,7 +220,8 @@ def test_docs_name_every_field_spec_and_option(tmp_path):
     (tmp_path / "a.txt").write_text("any text will do")
     record = load_calibration(f"file:{tmp_path / 'a.txt'}", byte_tokenizer(), samples=1, seqlen=8).record
     assert {name for name in (*SPECS, *record) if f"`{name}`" not in text["calibration.md"]} == set()
-    commands = typer.main.get_command(cli.app).commands.values()
+    root = typer.main.get_command(cli.app)
+    commands = [root, *root.commands.values()]
     options = {flag for c in commands for p in c.params for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
     options |= {flag for f in (ROOT / "eval").rglob("*.py") for flag in re.findall(r'add_argument\("(--[a-z-]+)"', f.read_text(encoding="utf-8"))}
     assert {flag for page in text.values() for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", page)} <= options

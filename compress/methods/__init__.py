@@ -35,7 +35,7 @@ METHODS = {
 
 
 def describe(table: dict[str, type] | None = None) -> list[dict[str, Any]]:
-    """[{"name", "about", "options": [{"name", "values", "default", "help"}]}]: what `inspect --methods` and docs/methods.md show; by default of METHODS.
+    """[{"name", "about", "options": [{"name", "values", "default", "help"}]}]: what `compress methods` and docs/methods.md show; by default of METHODS.
 
     Nothing is written twice: `about` opens the file (or the class, where several share one), `help` is the comment beside the field, `values` its type.
     """
