@@ -699,7 +699,7 @@ class TestMLX:
     pytestmark = needs("mlx", "mlx_lm")
 
     @pytest.mark.parametrize(("name", "options"), [
-        ("llama", {"sym": True}), ("qwen3", {}), ("gemma2", {"bits": 6}), ("mixtral", {"sym": True}), ("phi3", {"bits": 3}),
+        ("llama", {"sym": True}), ("qwen3", {}), ("qwen2", {"bits": 6}), ("mixtral", {"sym": True}), ("phi3", {"bits": 3}),
         ("qwen3", {"steps": fp("mxfp4")}),
         ("llama", {"steps": [dict(fp("mxfp4")[0], match="*mlp*"), {"method": "rtn", "bits": 8, "group_size": 32}]})])  # fmt: skip
     def test_loads_and_matches(self, name, options, made, tmp_path):
