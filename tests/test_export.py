@@ -281,6 +281,11 @@ def test_mlx_holds_the_same_matrix(options, made, tmp_path):
         np.testing.assert_array_equal(W.reshape(weight.shape), weight.dequantize().double().numpy())
 
 
+def test_mlx_finds_the_settings_that_transformers_5_moved(made, tmp_path, monkeypatch):
+    monkeypatch.setitem(TINY, "llama_far", lambda: CONFIG_MAPPING["llama"](**LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+    assert export(made("llama_far"), "mlx", tmp_path / "a")[1]["rope_theta"] == 5e5
+
+
 def test_mlx_keeps_mxfp4_and_names_layers_that_differ(made, tmp_path):
     artifact = made(steps=[dict(fp("mxfp4")[0], match="*mlp*"), {"method": "rtn", "bits": 8, "group_size": 32, "sym": True}])
     out, config = export(artifact, "mlx", tmp_path / "out")
@@ -347,6 +352,7 @@ def test_what_a_manifest_says_before_any_tensor_is_read_is_what_export_does(name
 def test_refusals_of_floats_and_groups(made, tmp_path):
     assert "8-bit activations are multiplied by fp8" in refused(made(), "compressed-tensors-w8a8", tmp_path)
     assert "groups of 16, mlx has 32, 64, 128; nearest recipe {bits: 4, group_size: 64, sym: false}" in refused(made(group_size=16), "mlx", tmp_path)
+    assert "mlx-lm 0.32 stacks quantized ones of Mixtral only" in refused(made("qwen3_moe", sym=True), "mlx", tmp_path)
     assert "nvfp4 has scales that mlx has not" in refused(made(steps=fp("nvfp4")), "mlx", tmp_path)
     ragged = FP(scale="block")(torch.ones(192, 256), None, stored=torch.bfloat16)
     whole = SimpleNamespace(peek=lambda _: ragged, transposed=set(), experts=set())
@@ -700,13 +706,16 @@ class TestMLX:
 
     @pytest.mark.parametrize(("name", "options"), [
         ("llama", {"sym": True}), ("qwen3", {}), ("qwen2", {"bits": 6}), ("mixtral", {"sym": True}), ("phi3", {"bits": 3}),
+        ("llama_far", {}), ("embedded", {}),
         ("qwen3", {"steps": fp("mxfp4")}),
         ("llama", {"steps": [dict(fp("mxfp4")[0], match="*mlp*"), {"method": "rtn", "bits": 8, "group_size": 32}]})])  # fmt: skip
-    def test_loads_and_matches(self, name, options, made, tmp_path):
+    def test_loads_and_matches(self, name, options, made, embedded, tmp_path, monkeypatch):
         import mlx.core as mx
         from mlx_lm.utils import load_model
-        artifact = made(name, torch.float32, **options)
+        monkeypatch.setitem(TINY, "llama_far", lambda: CONFIG_MAPPING["llama"](**LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 5e5}))
+        artifact = embedded if name == "embedded" else made(name, torch.float32, **options)
         model, _ = load_model(export(artifact, "mlx", tmp_path / "out")[0])
+        model.set_dtype(mx.float32)  # of what is stored as bf16; codes stay
         logits = torch.tensor(np.array(model(mx.array(TOKENS.numpy())).astype(mx.float32)))
         assert kl(lambda _: SimpleNamespace(logits=logits), artifact) < 1e-4
 

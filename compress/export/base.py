@@ -205,6 +205,10 @@ class SafetensorsExport(Export):
         """The consumer's quantization_config; None: a plain model."""
         raise NotImplementedError
 
+    def settings(self, source: Source) -> dict:
+        """What else the consumer looks for in config.json, where transformers writes it elsewhere."""
+        return {}
+
     def write(self, source: Source, folder: Path) -> None:
         count = len({t.shard for t in source.manifest.tensors.values()} - {PROBE})
         weight_map: dict[str, str] = {}
@@ -229,7 +233,7 @@ class SafetensorsExport(Export):
             total += sum(t.numel() * t.element_size() for t in made.values())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
         quantization = self.config(source)
-        write_json(folder / "config.json", source.config_json() | ({self.key: quantization} if quantization else {}))
+        write_json(folder / "config.json", source.config_json() | self.settings(source) | ({self.key: quantization} if quantization else {}))
 
 
 # ---- the uniform integer grids that every consumer of integers shares

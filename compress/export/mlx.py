@@ -35,6 +35,8 @@ class MLX(SafetensorsExport):
         weight = source.peek(layer)
         if layer in source.transposed:
             return Refusal(layer, "a Conv1D, which no loader of mlx replaces", "--to dense")
+        if layer in source.experts and source.config.model_type != "mixtral":
+            return Refusal(layer, "an expert: mlx-lm 0.32 stacks quantized ones of Mixtral only", "--to dense")
         if isinstance(weight, FloatBlock):
             return None if weight.name == "mxfp4" else Refusal(layer, f"{weight.describe()} has scales that mlx has not", "w4-mxfp4")
         if refused := integer_refusal(layer, weight, "mlx", BITS):
@@ -69,6 +71,14 @@ class MLX(SafetensorsExport):
             return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
         assert isinstance(weight, IntGroup)
         return {"group_size": weight.group_size, "bits": weight.bits_per_code, "mode": "affine"}
+
+    def settings(self, source: Source) -> dict:
+        """The rotary settings as transformers 4 wrote them: mlx-lm's llama does not look into rope_parameters and would take a base of 10000."""
+        rope = getattr(source.config, "rope_parameters", None) or {}
+        if "rope_theta" not in rope:  # none, or one a layer type
+            return {}
+        scaling = None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"}
+        return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
     def load_line(self, name: str) -> str:
         return f"mlx_lm.generate --model {name} --prompt hello  # pip install mlx-lm"
