@@ -275,7 +275,9 @@ def _write(source: Checkpoint, student: Student, formats: dict[str, Format], wri
     stored = source.entries.values()
     parameters = int(manifest.totals["parameters"]) if manifest else sum(torch.Size(e.shape).numel() for e in stored)
     before_bytes = int(manifest.totals["source_bytes"]) if manifest else sum(e.nbytes for e in stored)
-    writer.finish(headers, source.path, source.changes, source.blocks_path, totals(headers, parameters, before_bytes), __version__)
+    plain = manifest is not None and manifest.plain and not any(h["layers"] for h in headers.values())  # a smaller model that transformers loads still is one
+    writer.finish(headers, source.path, source.changes, source.blocks_path, totals(headers, parameters, before_bytes), __version__,
+                  plain=plain, structure=manifest.structure if manifest else None)  # fmt: skip
 
 
 def _record(old: LayerRecord | None, before: Format, weight: Format, tokens: int) -> LayerRecord:

@@ -277,6 +277,17 @@ def test_one_command_for_a_recipe_that_heals(tmp_path):
     assert compress.inspect(str(tmp_path / "a.unhealed")).training == {}
 
 
+@pytest.mark.parametrize("name", ["drop-25-heal", "width-20-heal", "slice-25-heal", "drop-25-w4-heal"])
+def test_a_smaller_model_stays_plain_when_healed(name, tmp_path):
+    settings = {f"heal.{key}": value for key, value in SMALL.items()} | ({"gptq.group_size": 64} if "w4" in name else {})
+    report = compress.run(model_path(), name, "stdlib", tmp_path / "a", samples=8, seqlen=64, settings=settings, **QUIET)
+    before, after = report.manifest.training["healing"]
+    assert after <= before and compress.verify(str(tmp_path / "a")).problems == []
+    was = compress.inspect(str(tmp_path / "a.unhealed"))
+    assert report.manifest.plain == was.plain and report.manifest.structure == was.structure and compress.load(str(tmp_path / "a"))
+    assert was.plain == ("w4" not in name)
+
+
 # ---- kill -9
 
 
