@@ -345,7 +345,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CompressError(f"{folder}: no such folder")
     if not file.is_file():
         if (folder / PARTIAL).is_file():
-            raise CompressError(f"{folder}: an unfinished run: give the same command again to finish it")
+            raise CompressError(f"{folder}: an unfinished run: give the same command (compress run or compress heal) again to finish it")
         raise CompressError(f"{folder}: not an artifact: {MANIFEST} is missing")
     try:
         data = json.loads(file.read_text())

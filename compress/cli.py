@@ -479,7 +479,7 @@ def extract(model: Model, output: Annotated[str, typer.Option("--output", "-o", 
             trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Cut a narrower model out of one whose neurons were put in order (recipe step `nest`).
 
-    compress run MODEL -r nested -o out && compress extract out --width 0.5 -o half
+    compress extract out --width 0.5 -o half
     """
     report = api.extract(model, output, width=width, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)
     out.print(str(report), highlight=False, soft_wrap=True)

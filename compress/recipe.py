@@ -232,10 +232,12 @@ def about(recipe: Recipe) -> dict[str, Any]:
     """{"description", "bits": of a 4096 × 4096 bf16 layer, one a step, "needs": what a run of it asks for}."""
     built = [step.build() for step in recipe.steps]
     needs = frozenset[str]().union(*(method.needs for method in built))
-    asks = ((recipe.distill, "text; gradients of the whole model, in memory"), (recipe.tune, "text; trains each block"),
+    asks = ((recipe.distill, "text; gradients of the whole model, in memory"), (recipe.heal, "text; trains the whole model at the end"),
+            ("guidance" in needs, "text; gradients of the whole model, a block at a time"), (recipe.tune, "text; trains each block"),
+            (any(step.needs_text for step in recipe.structural()), "text, through the model as often as choices are compared"),
             ("cross" in needs, "text, twice through the model"), (needs or recipe.blocks or recipe.transforms, "text, once through the model"),
             (True, "nothing: seconds"))  # fmt: skip
-    bits = sorted({round(method.planned((4096, 4096), torch.bfloat16, "layer").bits(), 3) for method in built})
+    bits = sorted({round(method.planned((4096, 4096), torch.bfloat16, "layer").bits(), 3) for method in built}) or [16.0]
     return {"description": recipe.description, "bits": bits, "needs": next(text for asked, text in asks if asked)}
 
 

@@ -14,8 +14,7 @@ from compress.calibration.data import CalibrationSet
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.eval.compare import compare, logits_of
-from compress.export import EXPORTS, can_export
-from compress.export.base import Source
+from compress.export import EXPORTS
 from compress.judge import Judge
 from compress.stream import Stream
 
@@ -198,7 +197,7 @@ def test_a_size_is_that_of_the_whole_artifact(llama, text, tmp_path):
 def test_what_a_consumer_is_to_load_it_loads(consumer, llama, text, tmp_path):
     menu = [s | {"group_size": 32} for s in allocate.CONSUMERS[consumer].steps if s["bits"] in (4, 8)]
     a = compress.auto(llama, text, tmp_path / "out", bits=7, consumer=consumer, menu=menu, dtype="float32", rounds=0, tries=0, show=False)
-    assert not can_export(Source(tmp_path / "out"), allocate.CONSUMERS[consumer].export)
+    assert not compress.loads_in(str(tmp_path / "out"))[allocate.CONSUMERS[consumer].export]
     assert len({tuple(sorted(s.items())) for s in a.layers.values() if s}) == 1 or not allocate.CONSUMERS[consumer].uniform
 
 
@@ -227,12 +226,8 @@ def test_planned_consumers_are_those_that_take_the_artifact(name, settings, tmp_
     options = {f"rtn.{k}": v for k, v in settings.items()}
     planned = compress.plan(str(tmp_path / "model"), "w4-rtn", settings=options).consumers
     compress.run(str(tmp_path / "model"), "w4-rtn", output=tmp_path / "out", settings=options, show=False)
-    for to in EXPORTS:
-        try:
-            refused = bool(can_export(Source(tmp_path / "out"), to))
-        except CompressError:
-            refused = True
-        assert bool(planned[to]) == refused or (to == "gguf" and "floats" in planned[to]), (to, planned[to])
+    assert {to: bool(why) for to, why in planned.items()} == {to: bool(why) for to, why in compress.loads_in(str(tmp_path / "out")).items()}
+    assert set(planned) == set(EXPORTS)
 
 
 # ---- diagnose
