@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .allocate import Group, Menu, Watch, front_of, probe, survey
 from .checkpoint import Checkpoint
+from .eval.outliers import Outliers
 from .judge import Judge
 from .linear import get_weight
 from .preflight import linears
@@ -72,39 +73,12 @@ class Diagnosis:
         return asdict(self)
 
 
-class Moments:
-    """Powers of everything seen, in fp64, and the largest |x| of each channel and window."""
-
-    def __init__(self) -> None:
-        self.count, self.sums, self.norms = 0, torch.zeros(4, dtype=torch.float64), list[float]()
-        self.largest: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        """x [windows, seqlen, n], or [rows, n] of a routed expert"""
-        top = x.abs().flatten(0, -2).amax(0).float() if x.numel() else torch.zeros(x.shape[-1])
-        self.largest = top if self.largest is None else torch.maximum(self.largest, top)
-        if x.numel():
-            self.norms += x.abs().flatten(1).amax(1).tolist() if x.dim() == 3 else [float(x.abs().max())]
-        d = x.double().flatten()
-        self.count, self.sums = self.count + len(d), self.sums + torch.stack([(d**p).sum() for p in (1, 2, 3, 4)]).cpu()
-
-    @property
-    def kurtosis(self) -> float:
-        m1, m2, m3, m4 = (self.sums / max(1, self.count)).tolist()
-        variance = m2 - m1**2
-        return (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2 if variance > 0 else 0.0
-
-    @property
-    def max_norm(self) -> float:
-        return sum(self.norms) / max(1, len(self.norms))
-
-
 def outliers(source: Checkpoint, stream: Stream, watch: Watch) -> Iterator[tuple[BlockFigures, list[SiteFigures]]]:
     """Block by block: the residual stream behind it and what its sites read. `stream` stands in front of block 0 and is used up."""
     for i in watch(range(source.num_blocks), "looking for outliers, block"):
         block, name = source.load_block(i, stream.device), source.block_name(i)
         sites = sites_of(source, block, stream)
-        seen = {site.name: Moments() for site in sites}
+        seen = {site.name: Outliers() for site in sites}
         look = lambda site, module, args: seen[site].add(args[0])  # noqa: B023  the hooks go before `seen` does
         handles = [block.get_submodule(s.linears[0]).register_forward_pre_hook(partial(look, s.name)) for s in sites]
         before = stream.hidden.clone()
@@ -113,12 +87,14 @@ def outliers(source: Checkpoint, stream: Stream, watch: Watch) -> Iterator[tuple
             handle.remove()
         figures = []
         for site in sites:
-            m, largest, weights = seen[site.name], seen[site.name].largest, [Moments() for _ in site.linears]
+            weights = [Outliers() for _ in site.linears]
             for w, path in zip(weights, site.linears, strict=True):
                 w.add(get_weight(block.get_submodule(path)))
-            live = largest[largest > 0] if largest is not None else torch.zeros(0)
-            figures.append(SiteFigures(f"{name}.{site.name}", site.linears, m.kurtosis, m.max_norm, float(live.max() / live.median()) if len(live) else 0.0,
-                                       len(largest) - len(live) if largest is not None else 0, max(w.kurtosis for w in weights)))  # fmt: skip
+            inputs, channel = seen[site.name].figures(), seen[site.name].channel
+            live = channel[channel > 0]
+            figures.append(SiteFigures(f"{name}.{site.name}", site.linears, inputs["kurtosis"], inputs["max_norm"],
+                                       float(live.max() / live.median()) if len(live) else 0.0, len(channel) - len(live),
+                                       max(w.figures()["kurtosis"] for w in weights)))  # fmt: skip
         yield _behind(name, before, stream.hidden), figures
         del before
 

@@ -28,7 +28,7 @@ class Outliers:
     powers: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))  # [count, Σx, Σx², Σx³, Σx⁴]
     peaks: list[Tensor] = field(default_factory=list)  # max |x| of every token, [sequences, tokens] a batch
     excess: list[Tensor] = field(default_factory=list)
-    channel: Tensor | None = None  # [width] max |x|
+    channel: Tensor = field(default_factory=lambda: torch.zeros(0))  # [width] max |x|
     median: float = 0.0  # of |x|, of the first batch
 
     @torch.no_grad()
@@ -36,6 +36,9 @@ class Outliers:
         x = x.detach().float()
         if x.dim() == 2:  # an expert's tokens: one row of sequences
             x = x[None]
+        if not x.numel():  # none was routed to it
+            self.channel = x.new_zeros(x.shape[-1]).cpu() if not len(self.channel) else self.channel
+            return
         square = x * x
         sums = (torch.ones_like(x[..., :1]).sum() * x.shape[-1], x.sum(dtype=torch.float64), square.sum(dtype=torch.float64),
                 (square * x).sum(dtype=torch.float64), (square * square).sum(dtype=torch.float64))  # fmt: skip
@@ -46,20 +49,20 @@ class Outliers:
         self.peaks.append(size.amax(-1).cpu())
         self.excess.append(((square * square).mean(-1) / x.std(-1) ** 4 - 3).clamp(min=0).flatten().cpu())
         top = size.flatten(0, -2).amax(0).cpu()
-        self.channel = top if self.channel is None else torch.maximum(self.channel, top)
+        self.channel = top if not len(self.channel) else torch.maximum(self.channel, top)
 
     def tokens(self) -> Tensor:
         """max |x| of every token, [sequences, tokens]."""
-        return torch.cat(self.peaks)
+        return torch.cat(self.peaks) if self.peaks else torch.zeros(1, 1)
 
     def figures(self) -> dict[str, float | int]:
         count, *sums = self.powers.tolist()
-        m, e2, e3, e4 = (s / count for s in sums)
-        variance = max(e2 - m * m, 1e-300)
+        m, e2, e3, e4 = (s / max(count, 1) for s in sums)
+        variance = max(e2 - m * m, 1e-150)
         limit = abs(m) + SIGMAS * variance**0.5
         tokens = self.tokens()
-        assert self.channel is not None
-        return {"kurtosis": (e4 - 4 * m * e3 + 6 * m * m * e2 - 3 * m**4) / variance**2, "excess_kurtosis": torch.cat(self.excess).mean().item(),
-                "max_norm": tokens.amax(-1).mean().item(), "max": tokens.max().item(), "std": variance**0.5, "median": self.median,
-                "width": len(self.channel), "channels": int((self.channel > limit).sum()), "tokens": int((tokens > limit).sum()),
-                "massive": int(((tokens > MASSIVE) & (tokens > MEDIANS * self.median)).sum())}  # fmt: skip
+        kurtosis = (e4 - 4 * m * e3 + 6 * m * m * e2 - 3 * m**4) / variance**2 if self.peaks else 0.0
+        excess = torch.cat(self.excess).mean().item() if self.peaks else 0.0
+        return {"kurtosis": kurtosis, "excess_kurtosis": excess, "max_norm": tokens.amax(-1).mean().item(), "max": tokens.max().item(),
+                "std": variance**0.5, "median": self.median, "width": len(self.channel), "channels": int((self.channel > limit).sum()),
+                "tokens": int((tokens > limit).sum()), "massive": int(((tokens > MASSIVE) & (tokens > MEDIANS * self.median)).sum())}  # fmt: skip
