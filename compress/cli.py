@@ -94,7 +94,9 @@ def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, sa
               f"{p.model_bits:.2f} over all {p.parameters / 1e6:.1f} M parameters", highlight=False)  # fmt: skip
     out.print(f"peak RAM about {size(p.peak_ram)} above what importing torch and transformers takes, disk {size(p.disk)}, time about "
               f"{duration(p.seconds)} on this machine", highlight=False)  # fmt: skip
-    for to, reason in p.consumers.items():
+    if not any(r.method for r in p.layers):
+        out.print("nothing is stored in a format of ours: no export is needed")
+    for to, reason in p.consumers.items() if any(r.method for r in p.layers) else ():
         out.print(f"{to}: {'loads it' if not reason else 'no: ' + reason}", highlight=False, markup=False, soft_wrap=True)
     for warning in p.warnings:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
