@@ -189,11 +189,14 @@ def test_a_real_command_killed(work, tmp_path):
 
 
 def test_interrupted(work, tmp_path):
-    out = tmp_path / "out"
-    process = start(work, out)
-    wait(process, lambda: (out / "block-00001.safetensors").exists())
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
+    for attempt in range(3):  # an interrupt that lands in a destructor is swallowed by Python itself, and the run goes on to its end
+        out = tmp_path / f"out{attempt}"
+        process = start(work, out)
+        wait(process, lambda out=out: (out / "block-00001.safetensors").exists())
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        if process.exitcode:
+            break
     assert process.exitcode == 130
     assert (said := stderr(out)).startswith("error: interrupted") and said.count("\n") == 1 and PARTIAL in said
     assert (out / PARTIAL).exists() and not (out / MANIFEST).exists() and not list(out.parent.glob("hidden-*"))
