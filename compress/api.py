@@ -140,12 +140,9 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     if chosen.schedule:
         needs |= {"hessian"} | ({"gradient"} if chosen.schedule.by == "gradient" else set())
     if needs or chosen.tune or chosen.distill or chosen.transforms or any(step.needs_text for step in chosen.structural()):
-        data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
-            calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template,
-            model=_whole(source) if calibration == "self" else None)  # fmt: skip
+        data = _text(calibration, source, samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template)
         if chosen.generated:
-            data = data.with_generated(load_calibration("self", source.tokenizer(), samples=chosen.generated, seqlen=data.tokens.shape[1], seed=seed,
-                                                        model=_whole(source)))  # fmt: skip
+            data = data.with_generated(_text("self", source, samples=chosen.generated, seqlen=data.tokens.shape[1], seed=seed))
         fallbacks += data.fallbacks
         _fits(data, source.config, _vocabulary(source), model)
     batch = max(1, BATCH_TOKENS // (data.tokens.shape[1] if data else seqlen))
@@ -238,9 +235,7 @@ def heal(path: str, teacher: str, data: str | CalibrationSet = "stdlib", output:
     source, original = (_opened(m, dtype, device, trust_remote_code) for m in (path, teacher))
     if (a := _vocabulary(source)) != (b := _vocabulary(original)):
         raise CompressError(f"{path} has a vocabulary of {a}, {teacher} of {b}: not a compressed version of it")
-    text = data if isinstance(data, CalibrationSet) else load_calibration(
-        data, original.tokenizer(), samples=chosen.samples, seqlen=chosen.seqlen, seed=seed, pack=pack, chat_template=chat_template,
-        model=_whole(original) if data == "self" else None)  # fmt: skip
+    text = _text(data, original, samples=chosen.samples, seqlen=chosen.seqlen, seed=seed, pack=pack, chat_template=chat_template)
     _fits(text, source.config, a, path)
     asked = {"teacher": original.digest(), "data": text.record | {"sha256": _digest(text)}}
     _heal(chosen, source, original, text, Path(output), Path(cache) if cache else None, asked, processes, seed=seed, device=device, strict=strict,
@@ -273,8 +268,7 @@ def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str |
     if budget < (least := allocate.smallest(source, chosen, shapes)):
         raise CompressError(f"{model}: the menu's smallest choices take {8 * least / parameters:.2f} bits a weight, {(least + rest) / 1e6:.1f} MB with what is "
                             f"not compressed; the budget is {8 * budget / parameters:.2f} bits, {(budget + rest) / 1e6:.1f} MB")  # fmt: skip
-    data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
-        calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, model=_whole(source) if calibration == "self" else None)  # fmt: skip
+    data = _text(calibration, source, samples=samples, seqlen=seqlen, seed=seed)
     _fits(data, source.config, _vocabulary(source), model)
     identity = {"source": source.digest(), "menu": [chosen.steps, chosen.fused, chosen.uniform], "calibration": _digest(data), "dtype": str(source.dtype)[6:],
                 "device": torch.device(device).type, "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
@@ -308,8 +302,7 @@ def diagnose(model: str, calibration: str | CalibrationSet = "stdlib", *, sample
     """
     device = _device(device)
     source = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
-    data = calibration if isinstance(calibration, CalibrationSet) else load_calibration(
-        calibration, source.tokenizer(), samples=samples, seqlen=seqlen, seed=seed, model=_whole(source) if calibration == "self" else None)  # fmt: skip
+    data = _text(calibration, source, samples=samples, seqlen=seqlen, seed=seed)
     _fits(data, source.config, _vocabulary(source), model)
     with tempfile.TemporaryDirectory() as folder:
         return _diagnose(source, data.tokens, data.mask, windows=windows, batch=max(1, BATCH_TOKENS // data.tokens.shape[1]), device=device,
@@ -676,6 +669,13 @@ def _opened(model: str, dtype: str, device: str, trust_remote_code: bool) -> Che
     source = verification.ArtifactCheckpoint(folder, read_manifest(folder), trust_remote_code)
     source.dtype = computed or source.stored_dtype
     return source
+
+
+def _text(spec: str | CalibrationSet, source: Checkpoint, **options) -> CalibrationSet:
+    """The calibration text that a SPEC names, in the tokens of `source`, which also writes it where the SPEC is "self"."""
+    if isinstance(spec, CalibrationSet):
+        return spec
+    return load_calibration(spec, source.tokenizer(), model=_whole(source) if spec == "self" else None, **options)
 
 
 def _whole(source: Checkpoint, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:

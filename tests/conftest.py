@@ -4,7 +4,20 @@ without a GPU Triton's kernels run in its interpreter, which must be chosen befo
 import os
 import shutil
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny Llama with a text of numbers beside it."""
+    from tiny import save_tiny  # torch only now
+
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny("llama", folder)
+    (folder / "text.txt").write_text(" ".join(map(str, range(4000))))
+    return folder

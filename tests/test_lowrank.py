@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_methods import correlated, stats_of, weight
-from tiny import save_tiny
 
 import compress
 from compress.embedded import model_path
@@ -154,14 +153,6 @@ def test_one_shared_factor_beats_separate_ones_of_the_same_size():
     assert together.nbytes() <= 1.03 * sum(f.nbytes() for f in separate)
     assert sum(s.error(W, f.dequantize()) for W, f in zip(Ws, parts, strict=True)) < 0.9 * sum(
         s.error(W, f.dequantize()) for W, f in zip(Ws, separate, strict=True))  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny("llama", folder)
-    (folder / "text.txt").write_text(" ".join(map(str, range(4000))))
-    return folder
 
 
 def run(checkpoint, out, recipe, **settings):

@@ -37,6 +37,21 @@ def weight(m=24, n=64, seed=1):
 # ---- statistics
 
 
+def keeps_its_promises(method, stored):
+    """The same bytes twice, the bytes that were planned, and finite numbers whatever is zero."""
+    s, W = stats_of(correlated()), weight().to(stored).float()
+    a, b = (method(W.clone(), s, stored=stored) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
+    planned = method.planned((24, 64), stored, "w")
+    assert planned.nbytes() == a.nbytes() and planned.meta() == a.meta() and planned.describe() == a.describe()
+    zero = W.clone()
+    zero[3:7] = 0
+    zero[:, 10:50] = 0
+    for Z in (zero, torch.zeros(24, 64)):
+        fmt = method(Z, s, stored=stored)
+        assert all(torch.isfinite(t.float()).all() for t in fmt.tensors().values()) and (fmt.dequantize()[3:7] == 0).all()
+
+
 def test_hessian_is_the_mean_outer_product_in_fp64():
     x = correlated(n=300, tokens=777)  # more than one tile, ragged batches
     s = stats_of(x)

@@ -2,20 +2,11 @@
 
 import pytest
 import torch
-from tiny import save_tiny
 
 import compress
 from compress.errors import CompressError
 from compress.recipe import Recipe, Step, load
 from compress.schedule import STEPS, Layer, Schedule, _shares
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny("llama", folder)
-    (folder / "text.txt").write_text(" ".join(map(str, range(4000))))
-    return folder
 
 
 def run(checkpoint, out, recipe, **settings):

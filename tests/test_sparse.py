@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_methods import correlated, stats_of, weight
-from tiny import save_tiny
 
 import compress
 from compress.calibration.statistics import Stats
@@ -366,14 +365,6 @@ def test_a_pattern_in_a_recipe_file_needs_no_quotes(pattern, tmp_path):
 
 
 # ---- from a checkpoint to an artifact and back
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    save_tiny("llama", folder)
-    (folder / "text.txt").write_text(" ".join(map(str, range(4000))))
-    return folder
 
 
 @pytest.mark.parametrize(("recipe", "settings"), [

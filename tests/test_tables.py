@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_methods import correlated, stats_of, weight
+from test_methods import correlated, keeps_its_promises, stats_of, weight
 from test_walk import TEXT, run
 from tiny import save_tiny
 
@@ -75,17 +75,7 @@ def test_kernels_handle_or_refuse_float_zeros():
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 @pytest.mark.parametrize("stored", [BF16, torch.float16, torch.float32])
 def test_deterministic_planned_and_finite(method, stored):
-    s, W = stats_of(correlated()), weight().to(stored).float()
-    a, b = (method(W.clone(), s, stored=stored) for _ in range(2))
-    assert all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
-    planned = method.planned((24, 64), stored, "w")
-    assert planned.nbytes() == a.nbytes() and planned.meta() == a.meta() and planned.describe() == a.describe()
-    zero = W.clone()
-    zero[3:7] = 0
-    zero[:, 10:50] = 0
-    for Z in (zero, torch.zeros(24, 64)):
-        fmt = method(Z, s, stored=stored)
-        assert all(torch.isfinite(t.float()).all() for t in fmt.tensors().values()) and (fmt.dequantize()[3:7] == 0).all()
+    keeps_its_promises(method, stored)
 
 
 def test_groups_that_do_not_fit_are_refused_with_a_way_out():

@@ -186,7 +186,7 @@ def greedy(source: Checkpoint, stream: Stream, count: int, child: str) -> tuple[
         states = without(source, stream, dict.fromkeys(left_out, child), {i: {i: child} for i in range(source.num_blocks) if i not in left_out})
         base = states.pop(None)
         whole = base if whole is None else whole
-        cost = {i: divergence(stream, tail, whole, h) for i, h in states.items()}
+        cost = divergences(stream, tail, whole, states)
         best = min(cost, key=lambda i: (cost[i], i))
         left_out.append(best)
         score.append(cost[best])
@@ -222,12 +222,15 @@ def _through(stream: Stream, i: int, block: nn.Module | None, hidden: Tensor, ab
 
 
 @torch.no_grad()
-def divergence(stream: Stream, tail, whole: Tensor, hidden: Tensor) -> float:
-    """Mean KL(whole ‖ rest) a token, in nats."""
-    total, tokens = 0.0, 0
+def divergences(stream: Stream, tail, whole: Tensor, states: dict[Any, Tensor]) -> dict[Any, float]:
+    """Mean KL(whole ‖ rest) a token, in nats, of each of the states; what the whole model says is worked out once a batch."""
+    total, tokens = dict.fromkeys(states, 0.0), 0
+    log_p = lambda h, rows: tail(h[rows].to(stream.device)).flatten(0, 1).float().log_softmax(-1)
     for rows in stream.batches():
-        p, q = (tail(h[rows].to(stream.device)).flatten(0, 1).float().log_softmax(-1) for h in (whole, hidden))
-        kl = (p.exp() * (p - q)).sum(-1)
-        kl = kl if stream.mask is None else kl[stream.mask[rows].flatten().to(kl.device)]
-        total, tokens = total + float(kl.sum(dtype=torch.float64)), tokens + len(kl)
-    return total / tokens
+        p = log_p(whole, rows)
+        valid = None if stream.mask is None else stream.mask[rows].flatten().to(p.device)
+        tokens += len(p) if valid is None else int(valid.sum())
+        for key, h in states.items():
+            kl = (p.exp() * (p - log_p(h, rows))).sum(-1)
+            total[key] += float((kl if valid is None else kl[valid]).sum(dtype=torch.float64))
+    return {key: t / tokens for key, t in total.items()}

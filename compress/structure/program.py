@@ -24,7 +24,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CompressError
 from ..skeleton import KEY
 from ..stream import Stream
-from .drop import _through, divergence, fewer, sublayer, without
+from .drop import _through, divergences, fewer, sublayer, without
 from .smaller import Smaller, blocks_of
 
 
@@ -60,14 +60,15 @@ class Program:
         absent |= {(i, i + n, ""): dict.fromkeys(range(i, i + n), "") for n in range(1, self.span + 1) for i in range(source.num_blocks - n + 1)}
         states, tail = without(source, stream, {}, absent), stream.tail()
         options = [Option(i, i + 1, (), sum(c.values()), 0.0) for i, c in enumerate(costs)]
+        unharmed = states.pop(None)
+        damage = divergences(stream, tail, unharmed, states)
         for (start, end, child), lacks in absent.items():
-            damage = divergence(stream, tail, states[None], states[start, end, child])
             stays = sum(c for k, c in costs[start].items() if k != child) if child else 0.0
-            options.append(Option(start, end, tuple(lacks.items()), stays, -damage))
+            options.append(Option(start, end, tuple(lacks.items()), stays, -damage[start, end, child]))
         whole = sum(sum(c.values()) for c in costs)
         chosen = best(options, source.num_blocks, self.budget * whole, self.bins)
         lacking = dict(pair for o in chosen for pair in o.absent)
-        reached = divergence(stream, tail, states[None], without(source, stream, lacking, {})[None]) if lacking else 0.0
+        reached = divergences(stream, tail, unharmed, without(source, stream, lacking, {}))[None] if lacking else 0.0
         return {"absent": [list(pair) for pair in lacking.items()], "expected": -sum(o.value for o in chosen), "reached": reached,
                 "cost": sum(o.cost for o in chosen) / whole}  # fmt: skip
 
