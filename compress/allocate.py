@@ -41,12 +41,12 @@ from .errors import CompressError
 from .export.base import FUSED
 from .formats import Format, build
 from .judge import Judge
+from .knapsack import Front, knapsack
 from .linear import get_weight
 from .recipe import Recipe, Step, nearest
 from .stream import Stream
 from .walk import sites_of, stages
 
-SUMS = 4096  # points of the front that the knapsack keeps; below that it is exact
 Watch = Callable[[Sequence, str], Iterable]  # (items, what is done) → the items, with a bar
 GPTQ = {"method": "gptq", "propagate": 1.0, "refits": 1}  # what the `balanced` recipes do
 
@@ -123,45 +123,6 @@ def parse_size(text: str | int) -> int:
     if not found:
         raise CompressError(f"size {text!r}: give bytes like 4GB, 700MB or 3.5GiB")
     return int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
-
-
-# ---- the knapsack
-
-
-@dataclass(frozen=True)
-class Front:
-    """The sums that no other sum beats: bytes rising, damage falling; picks [points, groups] says how each is made."""
-
-    nbytes: Tensor  # int64 [points]
-    damage: Tensor  # fp64 [points]
-    picks: Tensor  # uint8 [points, groups]
-
-    def within(self, budget: int) -> int:
-        """The point of least damage that the budget pays for. Raises CompressError where none is that small."""
-        if budget < int(self.nbytes[0]):
-            raise CompressError(f"the smallest allocation takes {int(self.nbytes[0])} bytes of linears, the budget leaves {budget}; "
-                                "raise it, or add smaller choices to the menu")  # fmt: skip
-        return int(torch.searchsorted(self.nbytes, torch.tensor(budget), right=True)) - 1
-
-
-def knapsack(nbytes: Sequence[Sequence[int]], damage: Sequence[Sequence[float]]) -> Front:
-    """The front of a multiple-choice knapsack: one choice a group, nbytes[g][k] and damage[g][k]. Exact up to SUMS points; then the best of each
-    of SUMS ranges of bytes is kept, its bytes as they are, so that no budget is ever passed."""
-    front = Front(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), torch.zeros(1, 0, dtype=torch.uint8))
-    for b, d in zip(nbytes, damage, strict=True):
-        total = (front.nbytes[:, None] + torch.tensor(b)).flatten()
-        loss = (front.damage[:, None] + torch.tensor(d, dtype=torch.float64)).flatten()
-        order = torch.argsort(loss, stable=True)
-        order = order[torch.argsort(total[order], stable=True)]  # by bytes, then by damage
-        best = torch.cummin(loss[order], 0).values
-        order = order[torch.cat([torch.tensor([True]), best[1:] < best[:-1]])]
-        if len(order) > SUMS:
-            t = total[order].double()
-            place = ((t - t[0]) / (t[-1] - t[0]) * (SUMS - 1)).ceil().long()
-            order = order[torch.cat([place[1:] != place[:-1], torch.tensor([True])])]  # the last of a range has the least damage
-        picks = torch.cat([front.picks[order // len(b)], (order % len(b)).to(torch.uint8)[:, None]], 1)
-        front = Front(total[order], loss[order], picks)
-    return front
 
 
 # ---- what there is to choose from
