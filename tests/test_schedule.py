@@ -100,5 +100,6 @@ def test_every_group_takes_the_choice_that_is_best_for_all(checkpoint):
     options = itertools.product(*(range(len(x.choices)) for x in ladders))
     total = lambda picks, field: sum(getattr(x, field)[k] for x, k in zip(ladders, picks, strict=True))
     best = min((p for p in options if total(p, "nbytes") <= budget), key=lambda p: total(p, "damage"))
-    assert [(s.options()["bits"], s.options()["group_size"]) for s in chosen(ladders)] == [tuple(x.choices[k].values()) for x, k in zip(ladders, best, strict=True)]
+    wanted = [tuple(x.choices[k].values()) for x, k in zip(ladders, best, strict=True)]
+    assert [(s.options()["bits"], s.options()["group_size"]) for s in chosen(ladders)] == wanted
     assert total(best, "damage") < 0.9 * total((0, 0, 0), "damage")

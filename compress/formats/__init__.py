@@ -25,7 +25,7 @@ from .trellis import Trellis
 
 __all__ = [
     "Columns", "Dense", "FloatBlock", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build",
-    "split_rows",
+    "join_rows", "split_rows",
 ]  # fmt: skip
 
 FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, FloatBlock, Masked, Sparse24, Trellis, Sum, Product, Transformed, Scaled,
@@ -47,6 +47,14 @@ def split_rows(weight: Format, sizes: Sequence[int]) -> list[Format]:
     zeros = [None] * len(sizes) if weight.zeros is None else weight.zero_points().to(torch.uint8).split(list(sizes))
     return [IntGroup.pack(codes, scales, z, weight.bits_per_code, weight.levels)
             for codes, scales, z in zip(weight.unpack().split(list(sizes)), weight.scales.split(list(sizes)), zeros, strict=True)]  # fmt: skip
+
+
+def join_rows(parts: Sequence[Format]) -> IntGroup:
+    """The inverse of `split_rows` for integers: row blocks of one width, group size and symmetry, as one weight."""
+    first = parts[0]
+    assert isinstance(first, IntGroup)
+    zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts]).to(torch.uint8)
+    return IntGroup.pack(torch.cat([p.unpack() for p in parts]), torch.cat([p.scales for p in parts]), zeros, first.bits_per_code, first.levels)
 
 
 def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:
