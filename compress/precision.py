@@ -2,7 +2,7 @@
 
     minimise Σ_g D_g(c)  with  Σ_g bytes_g(c) ≤ Σ_g bytes_g(recipe);   D_g(c) = Σ_i a_i (ŵ_i−w_i)ᵀ H (ŵ_i−w_i) over the rows of group g
 
-A choice c is a width within `bits` of the recipe's and its group size or twice that. Each is solved once, alone and plainly, on the original model's H;
+A choice c is a width near the recipe's, in groups like the recipe's, half or twice as long. Each is solved once, alone and plainly, on the original model's H;
 a, the squared gradient of the loss at each output, makes layers comparable (HAWQ-V2, arXiv 1911.03852, has the trace of the Hessian in its place); the
 knapsack of `auto` does the rest. Linears that read the same input (q, k, v; gate, up) share a choice, as servers fuse them. `auto` measures true
 divergences instead, at many times the cost.
@@ -42,13 +42,20 @@ def mixed(step: Step) -> bool:
     return isinstance(getattr(method, "bits", None), int) and hasattr(method, "group_size") and not any(hasattr(method, o) for o in ("sparsity", "ratio"))
 
 
+def candidates(bits: int, group_size: int, reach: int, n: int) -> list[dict[str, Any]]:
+    """Fewer bits with smaller groups too, as many or more with larger ones too; 32 to 128 columns, and divisors of n, unless the recipe has others."""
+    found = []
+    for b in range(max(2, bits - reach), min(8, bits + reach + 1) + 1) if reach else ():
+        sizes = {group_size, group_size // 2 if b < bits else 2 * group_size}
+        found += [{"bits": b, "group_size": g} for g in sorted(sizes) if g == group_size or (32 <= g <= 128 and n % g == 0)]
+    return found
+
+
 def ladder(names: tuple[str, ...], step: Step, reach: int, weights: list[Tensor], stored: torch.dtype, stats: Stats, a: list[Tensor]) -> Ladder:
     """weights [out, in] each, a [out, 1] each: what an error in each output counts."""
     method, n = step.build(), weights[0].shape[1]
-    widths = [method.bits + d for d in range(-reach, reach + 2) if 2 <= method.bits + d <= 8 and reach]
-    sizes = [g for g in (method.group_size, 2 * method.group_size) if g > 0 and n % g == 0] or [method.group_size]
     own = {"bits": method.bits, "group_size": method.group_size}
-    choices = [own, *(c for b in widths for g in sizes if (c := {"bits": b, "group_size": g}) != own)]
+    choices = [own, *(c for c in candidates(method.bits, method.group_size, reach, n) if c != own)]
     plain = replace(method, **{o: v for o, v in PLAIN.items() if hasattr(method, o)})
     nbytes, damage = [], []
     for choice in choices:
