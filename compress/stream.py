@@ -7,6 +7,7 @@ once more to turn hidden states into logits. Between the two, only one block is 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -92,6 +93,12 @@ class Stream:
     def batches(self) -> Iterator[slice]:
         for start in range(0, len(self.tokens), self.batch):
             yield slice(start, start + self.batch)
+
+    def fork(self) -> Stream:
+        """The same windows in the same place, for another version of the block: nothing is shared that a pass writes. Good until either advances."""
+        other = copy.copy(self)
+        other._frozen, other._inputs = {}, Kept()
+        return other
 
     def nbytes(self, width: int) -> int:
         """Bytes of a tensor [windows, seqlen, width] in the dtype that blocks compute in."""
