@@ -441,7 +441,7 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
         n, itemsize = [_parameters(p) if p else 0 for p in (folder, source)], (torch_dtype or torch.float32).itemsize
         ram = preflight.held(n[0], n[1], weight_bytes(folder), vocabulary, itemsize)
         if ram > 0.8 * (have := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-            tell(f"{'both models' if source else 'the model'} take about {ram / 1e9:.1f} GB of this machine's {have / 1e9:.1f}; --stream takes a block at a time")
+            tell(f"{'both models take' if source else 'the model takes'} about {ram / 1e9:.1f} of {have / 1e9:.1f} GB; with --stream, a block at a time")
         models, batch = both(), max(1, EVAL_TOKENS // text.tokens.shape[1])
         streams = [progress.batches(_compare.logits_of(m, text, batch), len(text.tokens), show and m is models[0]) for m in models]
         return _compare.compare(streams[0], streams[1] if source else None, text)

@@ -40,7 +40,8 @@ UsageError: Any = typer.BadParameter.__base__  # click's own, which newer versio
 
 Model = Annotated[str, typer.Argument(help="A local model folder or a hub id, e.g. Qwen/Qwen3-0.6B")]
 Artifact = Annotated[str, typer.Argument(help="An artifact folder made by `compress run`")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help=f"A name ({', '.join(recipe.names())}) or a YAML file")]
+names = lambda found: lambda incomplete: [name for name in found() if name.startswith(incomplete)]  # what the shell completes
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", autocompletion=names(recipe.names), help=f"A name ({', '.join(recipe.names())}) or a YAML file")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Override an option of the recipe: gptq.bits=3 (repeatable)")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of a window")]
@@ -136,7 +137,7 @@ def auto(model: Model, output: Annotated[str, typer.Option("--output", "-o", hel
          latency: Annotated[str | None, typer.Option(help="Budget: time of a decoded token here, of the original's, e.g. 0.5x, or outright, 8ms")] = None,
          omit: Annotated[bool | None, typer.Option("--omit/--no-omit", help="May blocks, sublayers and neurons go? Default: with --latency")] = None,
          calibration: Annotated[str, typer.Option("--calibration", "-c", help=f"SPEC: {', '.join(SPECS)}")] = "stdlib",
-         consumer: Annotated[str, typer.Option("--for", help=f"What is to load it: {', '.join(CONSUMERS)}")] = "ours",
+         consumer: Annotated[str, typer.Option("--for", autocompletion=names(lambda: CONSUMERS), help=f"What is to load it: {', '.join(CONSUMERS)}")] = "ours",
          menu: Annotated[str | None, typer.Option(help=f"Other choices: {', '.join(MENUS)}, or a YAML file with a list of steps")] = None,
          plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before compressing: the plan, the recipe and the curve")] = False,
          samples: Samples = 128, seqlen: Seqlen = 512, seed: Seed = 0,
@@ -182,6 +183,7 @@ def diagnose(model: Model, calibration: Annotated[str, typer.Option("--calibrati
              device: Device = "auto", dtype: DType = "auto", trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Which layers are sensitive at 4, 3 and 2 bits, which have outliers, and what to try, with figures.
 
+    compress diagnose Qwen/Qwen3-0.6B
     compress diagnose Qwen/Qwen3-0.6B -c wikitext2 --json diagnosis.json
     """
     d = api.diagnose(model, calibration, samples=samples, seqlen=seqlen, seed=seed, windows=windows, device=device, dtype=dtype,
@@ -230,6 +232,7 @@ def heal(path: Annotated[str, typer.Argument(help="An artifact, or a checkpoint 
     """Train adapters or scales of a compressed model towards the original: quality back. Interrupted? Give the same command again.
 
     compress heal out --teacher Qwen/Qwen3-0.6B --data wikitext2 --steps 1000 -o healed
+    compress heal out --teacher Qwen/Qwen3-0.6B --data wikitext2 --train scales --set scale_lr=0.0005 -o healed
     """
     options = [f"steps={steps}", f"samples={samples}", f"seqlen={seqlen}", f"train={train}", *(set_ or [])]
     report = api.heal(path, teacher, data, output, options=options, cache=cache, seed=seed, pack=pack, chat_template=chat_template, device=device, dtype=dtype,
@@ -406,9 +409,9 @@ def inspect(path: Artifact, json_: Json = None) -> None:
         told = (to + (f" ({floats[to]})" if floats[to] and to != "dense" else "") for to, reasons in loads.items() if not reasons)
         out.print(f"loads in: {', '.join(told)}", highlight=False, markup=False, soft_wrap=True)
     except CompressError as error:  # a model of remote code: its layers can be listed all the same
-        loads = {}
+        loads, floats = {}, {}
         out.print(f"loads in: not known, {error}", style="yellow", highlight=False, soft_wrap=True)
-    save(json_, manifest.model_dump() | {"seconds": seconds, "loads_in": loads})
+    save(json_, manifest.model_dump() | {"seconds": seconds, "loads_in": loads, "as_floats": floats})
 
 
 @app.command()
@@ -432,7 +435,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, view or
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="A recipe or its file, shown as it is; default: the list")] = None,
+def recipes(name: Annotated[str | None, typer.Argument(autocompletion=names(recipe.names), help="A recipe or its file, shown as it is; default: the list")] = None,
             json_: Json = None) -> None:  # fmt: skip
     """The recipes that come with the package: what each is for, bits a weight on disk, what it costs.
 
@@ -468,7 +471,7 @@ def verify(path: Artifact, trust_remote_code: Remote = False, json_: Json = None
 
 
 @app.command()
-def export(path: Artifact, to: Annotated[str, typer.Option(help=", ".join(EXPORTS))],
+def export(path: Artifact, to: Annotated[str, typer.Option(autocompletion=names(lambda: EXPORTS), help=", ".join(EXPORTS))],
            output: Annotated[str, typer.Option("--output", "-o", help="A new folder")],
            base_model: Annotated[str | None, typer.Option(help="The original's hub id, for the model card")] = None,
            evaluation: Annotated[str | None, typer.Option(help="What `eval --json` wrote, for the model card")] = None,
@@ -495,6 +498,7 @@ def extract(model: Model, output: Annotated[str, typer.Option("--output", "-o", 
     """Cut a narrower model out of one whose neurons were put in order (recipe step `nest`).
 
     compress extract out --width 0.5 -o half
+    compress extract out --width 0.75 -o three-quarters --dtype bfloat16
     """
     report = api.extract(model, output, width=width, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)
     out.print(str(report), highlight=False, soft_wrap=True)
@@ -507,6 +511,7 @@ def decompress(path: Artifact, output: Annotated[str, typer.Option("--output", "
     """Multiply an artifact out into a plain model of the original's dtype, for any program that reads one: `export --to dense`.
 
     compress decompress out -o dense
+    compress decompress out -o dense --json decompressed.json
     """
     export(path, "dense", output, trust_remote_code=trust_remote_code, json_=json_)
 

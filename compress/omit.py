@@ -41,6 +41,7 @@ from .structure.width import Width
 
 SHARES = (0.25, 0.5)  # of an MLP's neurons that may go
 DAMP = 0.001  # as `refit`
+ABSENT = 1  # the place of that among a block's options
 INNER = 256  # points of the front of a block
 Shapes = dict[str, tuple[int, int]]  # linear → [out, in]
 Cost = Callable[[dict | None, str, tuple[int, int]], tuple[int, int, Format]]  # (step, linear, shape) → (cost, bytes, format), as allocate.bytes_of
@@ -111,10 +112,17 @@ class Omit:
             o.damage = known[key]
 
     def front(self, groups: list[Group], banned: frozenset[tuple[str, int]] = frozenset()) -> Front:
-        whole = self.blocks[0].front(groups, banned)
-        for block in self.blocks[1:]:
-            whole = joined(whole, block.front(groups, banned))
-        return whole
+        """Of the whole model. One block stays at least: `some` has one already, `none` is the point where all so far are gone."""
+        some: Front | None = None
+        none: Front | None = Front(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64), torch.zeros(1, 0, dtype=torch.uint8))
+        for block in self.blocks:
+            here = block.front(groups, banned | {(block.name, ABSENT)})
+            gone = None if (block.name, ABSENT) in banned else block.front(groups, banned | {(block.name, 0)})
+            any_way = here if gone is None else either([here, gone], INNER)
+            some = either([*([joined(none, here)] if none else []), *([joined(some, any_way)] if some else [])])
+            none = joined(none, gone) if none and gone else None
+        assert some is not None
+        return some
 
     def solution(self, groups: list[Group], picks: list[int], fixed: int = 0) -> Solution:
         """What a point of the front stands for; the groups that are left have the costs that they have there."""

@@ -24,6 +24,8 @@ from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
 
+RELEASE = 1 << 20  # bytes of a batch of hidden states from which on freed memory is given back between the batches of routed experts
+
 
 class Reached(Exception):
     """Raised by a hook when the forward has gone as far as it needs to."""
@@ -225,6 +227,7 @@ class Stream:
         stats: dict[str, Stats] = {}
         self._inputs = Kept()
         reader = None
+        routed = any(".experts." in f".{path}" for path in sites.values()) and self.hidden[: self.batch].nbytes > RELEASE
         if original is not None:
             original[0]._inputs = Kept()
             if len(sites) == 1:
@@ -251,6 +254,8 @@ class Stream:
                 site.add(*(t if t is None or valid is None else t[valid] for t in pieces))
 
             self._visit(block, sites, reader, i, rows, keep, add)
+            if routed:  # as many tokens as each expert got: no two pieces have the same size, and glibc finds no use for the holes that they leave
+                hidden.release()
         return {name: s.finish() for name, s in stats.items()}
 
     def _visit(self, block: nn.Module, sites: dict[str, str], reader: str | None, i: int, rows: slice, keep: bool,

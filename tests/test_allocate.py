@@ -245,14 +245,16 @@ def test_the_tree_is_brute_force_on_three_blocks_at_every_budget():
     front = tree.front(groups)
     every = [(sum(c for c, _ in p), sum(d for _, d in p)) for p in itertools.product(*plans)]
     assert len(every) == (1 + 3 * 5) ** 3
-    for budget in range(0, max(c for c, _ in every) + 1, 3):
+    every = every[1:]  # the first has no block left
+    for budget in range(min(c for c, _ in every), max(c for c, _ in every) + 1, 3):
         at = front.within(budget)
         found = tree.solution(groups, front.picks[at].tolist())
         assert float(front.damage[at]) == pytest.approx(min(d for c, d in every if c <= budget))
         assert found.cost() == int(front.cost[at]) <= budget
         assert found.damage + sum(x.choices[k].damage for x, k in zip(found.groups, found.picks, strict=True)) == pytest.approx(float(front.damage[at]))
         for node in found.taken:
-            assert node not in tree.solution(groups, (other := tree.front(groups, frozenset([node]))).picks[other.within(int(other.cost[-1]))].tolist()).taken
+            other = tree.front(groups, frozenset([node]))
+            assert node not in tree.solution(groups, other.picks[-1].tolist()).taken
 
 
 def test_an_mlp_is_cut_as_the_recipes_step_cuts_it_and_solved_by_least_squares(llama, tokens, tmp_path):
@@ -299,7 +301,7 @@ def test_a_budget_of_time_leaves_out_what_is_least_missed(steady, llama, text, t
 
 def test_for_another_program_only_whole_blocks_go(steady, llama, text, tmp_path):
     menu = [{"method": "gptq", "bits": 4, "group_size": 32, "sym": True}]
-    a = compress.auto(llama, text, tmp_path / "out", latency="0.5x", consumer="vllm", menu=menu, dtype="float32", tries=0, show=False)
+    a = compress.auto(llama, text, tmp_path / "out", latency="0.6x", consumer="vllm", menu=menu, dtype="float32", tries=0, show=False)
     assert [(o["what"], o["kind"]) for o in a.omitted] == [("absent", "block")]
     assert not compress.loads_in(str(tmp_path / "out"))["compressed-tensors"] and compress.load(str(tmp_path / "out")).config.num_hidden_layers == 1
 
