@@ -1,6 +1,8 @@
-"""Allocate: which layer gets how much of a byte budget, so that the divergence of the whole model is least.
+"""Allocate: which layer gets how much of a budget, so that the divergence of the whole model is least.
 
-    minimise  Σ_g d(g, k_g)   with   Σ_g bytes(g, k_g) ≤ budget          d = what choice k does to group g, in nats of KL
+    minimise  Σ_g d(g, k_g)   with   Σ_g cost(g, k_g) ≤ budget          d = what choice k does to group g, in nats of KL
+
+cost is bytes, or nanoseconds of a decoded token (latency.py); what may be left out makes the knapsack a tree (omit.py).
 
 Five steps, the expensive ones done once and kept on disk:
 
@@ -13,7 +15,7 @@ Five steps, the expensive ones done once and kept on disk:
 5. switch: pairs of steps, one group up and another down, judged by the true KL (the level switches of EvoPress, arXiv 2410.14649).
 
 A group is a linear; the linears that a consumer serves as one matrix (q, k and v) share one choice; so do the experts of a block. The knapsack
-knows nothing of bits: a choice is any method with options, bytes and a damage. Steps 2, 4 and 5 hold the model's blocks in memory; a probe runs only
+knows nothing of bits: a choice is any method with options, a cost and a damage. Steps 2, 4 and 5 hold the model's blocks in memory; a probe runs only
 the blocks behind the change.
 """
 

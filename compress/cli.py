@@ -435,7 +435,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, view or
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(autocompletion=names(recipe.names), help="A recipe or its file, shown as it is; default: the list")] = None,
+def recipes(name: Annotated[str | None, typer.Argument(autocompletion=names(recipe.names), help="A recipe or its file, shown as is; default: all")] = None,
             json_: Json = None) -> None:  # fmt: skip
     """The recipes that come with the package: what each is for, bits a weight on disk, what it costs.
 
