@@ -52,7 +52,7 @@ from .hf import empty
 from .judge import Judge
 from .latency import Clock, parse_latency, routed, surroundings, timed
 from .linear import CompressedLinear
-from .omit import cost_of, offered
+from .omit import offered, priced
 from .preflight import EVAL_TOKENS, SCHEDULE_WINDOWS, Plan
 from .report import Page, make_page
 from .schedule import scheduled
@@ -305,14 +305,11 @@ def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str |
     count, around, fixed, token = allocate.bytes_of(source), [dict[str, int]()] * source.num_blocks, 0, 0
     if goal:
         clock = Clock(cache / "nanoseconds.json", source.stored_dtype, device)
-        count, beside_them = timed(clock, count, routed(source)), surroundings(model, source.stored_dtype, clock, trust_remote_code)
-        around, dense = list(beside_them.blocks), sum(count(None, path, shape)[0] for path, shape in shapes.items())
-        token = beside_them.outside + sum(sum(b.values()) for b in around) + dense
-        fixed = token - dense if not leaving else beside_them.outside
+        count, (around, fixed) = timed(clock, count, routed(source)), surroundings(model, source.stored_dtype, clock, trust_remote_code)
+        fixed += 0 if leaving else sum(sum(block.values()) for block in around)
+        token = fixed + sum(sum(block.values()) for block in around if leaving) + sum(count(None, path, shape)[0] for path, shape in shapes.items())
         budget = int(goal[0] * (token if goal[1] else 1e6))
-        for group in groups:
-            for k, c in enumerate(group.choices):
-                c.cost = cost_of(count, group, k, shapes)[0]
+        priced(groups, count, shapes)
     tree, plain = None, consumer != "ours"
     if leaving:
         tree = offered(source, groups, shapes, None if plain else enter(), cache, count, around, plain=plain, watch=watch)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class Clock:
     def dense(self, shape: tuple[int, int]) -> int:
         return self(Dense(torch.empty(shape, dtype=self.dtype, device="meta")))
 
-    def remember(self, what: str, runs) -> dict[str, int]:
+    def remember(self, what: str, runs: Callable[[], dict[str, Callable]]) -> dict[str, int]:
         """Nanoseconds of what `runs()` returns, {name: function}, measured in turns; or as they were."""
         names = f"{self.machine}{what}"
         if names not in self.known:
@@ -54,26 +53,20 @@ class Clock:
             write_json(self.file, self.known)
         return self.known[names]
 
-    def _run(self, format: Format):
+    def _run(self, format: Format) -> Callable:
         full = lambda t: torch.full(t.shape, 1 if t.is_floating_point() else 0, dtype=t.dtype, device=self.device)
         real = build(format.meta(), {name: full(t) for name, t in format.tensors().items()})
         return partial(dispatch.matmul, torch.ones(1, format.shape[1], dtype=self.dtype, device=self.device), real, None, {})
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """Nanoseconds that are no linear's: of every block {"": around its sublayers, child: around the child's linears}, and outside the blocks."""
-
-    blocks: tuple[dict[str, int], ...]
-    outside: int
-
-
 @torch.no_grad()
-def surroundings(name: str, dtype: torch.dtype, clock: Clock, trust_remote_code: bool = False) -> Surroundings:
-    """One block of each kind is loaded. A model whose sublayers the table does not know has all of it around them."""
+def surroundings(name: str, dtype: torch.dtype, clock: Clock, trust_remote_code: bool = False) -> tuple[list[dict[str, int]], int]:
+    """Nanoseconds that are no linear's: of every block {"": around its sublayers, child: around the child's linears}, and outside the blocks.
+
+    One block of each kind is loaded. A model whose sublayers the table does not know has all of it around them."""
     source = Checkpoint(name, dtype=dtype, trust_remote_code=trust_remote_code)
     stream = Stream(source, torch.zeros(1, 1, dtype=torch.long), device=clock.device)
-    blocks, seen = [], {}
+    blocks, seen = list[dict[str, int]](), dict[str, dict[str, int]]()
     for i in range(source.num_blocks):
         skeleton = source.model.get_submodule(source.block_name(i))
         kind = json.dumps({n: list(t.shape) for n, t in skeleton.state_dict().items()})
@@ -82,7 +75,7 @@ def surroundings(name: str, dtype: torch.dtype, clock: Clock, trust_remote_code:
         blocks.append(seen[kind])
     tail = stream.tail()
     outside = clock.remember("outside the blocks", lambda: {"": partial(tail, stream.hidden.to(clock.device))})
-    return Surroundings(tuple(blocks), outside[""])
+    return blocks, outside[""]
 
 
 def _around(source: Checkpoint, stream: Stream, i: int, clock: Clock) -> dict[str, int]:

@@ -200,6 +200,13 @@ def offered(source: Checkpoint, groups: list[Group], shapes: Shapes, stream: Str
     return Omit(blocks, multiple)
 
 
+def priced(groups: list[Group], cost: Cost, shapes: Shapes) -> None:
+    """Count what every choice takes anew."""
+    for group in groups:
+        for k, c in enumerate(group.choices):
+            c.cost = cost_of(cost, group, k, shapes)[0]
+
+
 def cost_of(cost: Cost, group: Group, k: int, shapes: Shapes) -> tuple[int, int]:
     each = [cost(group.choices[k].step, path, shapes[path]) for path in group.linears]
     return sum(c for c, _, _ in each), sum(nbytes for _, nbytes, _ in each)
