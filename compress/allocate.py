@@ -1,6 +1,8 @@
-"""Allocate: which layer gets how much of a byte budget, so that the divergence of the whole model is least.
+"""Allocate: which layer gets how much of a budget, so that the divergence of the whole model is least.
 
-    minimise  Σ_g d(g, k_g)   with   Σ_g bytes(g, k_g) ≤ budget          d = what choice k does to group g, in nats of KL
+    minimise  Σ_g d(g, k_g)   with   Σ_g cost(g, k_g) ≤ budget          d = what choice k does to group g, in nats of KL
+
+cost is bytes, or nanoseconds of a decoded token (latency.py); what may be left out makes the knapsack a tree (omit.py).
 
 Five steps, the expensive ones done once and kept on disk:
 
@@ -13,7 +15,7 @@ Five steps, the expensive ones done once and kept on disk:
 5. switch: pairs of steps, one group up and another down, judged by the true KL (the level switches of EvoPress, arXiv 2410.14649).
 
 A group is a linear; the linears that a consumer serves as one matrix (q, k and v) share one choice; so do the experts of a block. The knapsack
-knows nothing of bits: a choice is any method with options, bytes and a damage. Steps 2, 4 and 5 hold the model's blocks in memory; a probe runs only
+knows nothing of bits: a choice is any method with options, a cost and a damage. Steps 2, 4 and 5 hold the model's blocks in memory; a probe runs only
 the blocks behind the change.
 """
 
@@ -24,9 +26,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache as remembered
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -39,13 +42,16 @@ from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .export.base import FUSED
-from .formats import Format, build
-from .judge import Judge
+from .formats import Dense, Format, build
+from .judge import Judge, Weight
 from .knapsack import Front, knapsack
 from .linear import get_weight
 from .recipe import Recipe, Step, nearest
 from .stream import Stream
 from .walk import sites_of, stages
+
+if TYPE_CHECKING:
+    from .omit import Omit
 
 Watch = Callable[[Sequence, str], Iterable]  # (items, what is done) → the items, with a bar
 GPTQ = {"method": "gptq", "propagate": 1.0, "refits": 1}  # what the `balanced` recipes do
@@ -117,6 +123,20 @@ def smallest(source: Checkpoint, menu: Menu, shapes: dict[str, tuple[int, int]])
     return total
 
 
+def bytes_of(source: Checkpoint) -> Callable[[dict | None, str, tuple[int, int]], tuple[int, int, Format]]:
+    """(step, linear, shape) → its bytes as a cost and as bytes, and its format on meta; a step of None keeps it as it is. Raises CompressError
+    where the step cannot be applied to it."""
+
+    @remembered
+    def planned(step: str, path: str, shape: tuple[int, int]) -> tuple[int, int, Format]:
+        stored = source.dtype_of(f"{path}.weight")
+        kept = Dense(torch.empty(shape, dtype=stored, device="meta"))
+        format = kept if step == "null" else Step.model_validate(json.loads(step)).build().planned(shape, stored, path)
+        return format.nbytes(), format.nbytes(), format
+
+    return lambda step, path, shape: planned(json.dumps(step), path, shape)
+
+
 def parse_size(text: str | int) -> int:
     """Bytes of `4GB`, `700 MB`, `3.5GiB`, 1000000."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(text), re.I)
@@ -139,6 +159,27 @@ class Choice:
     formats: dict[str, dict]  # path → meta of its format, to find the weights that the survey kept
     place: int  # among the tensors that the survey kept
     damage: float = 0.0  # KL in nats of the model with this choice alone, filled by `probe`
+    cost: int = 0  # what the budget counts: bytes, or nanoseconds a token
+
+    def __post_init__(self):
+        self.cost = self.cost or self.nbytes
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a linear looks when a share of its inputs is gone (omit.py): `file` holds it solved again for those that stay, and by how much it moved."""
+
+    file: Path
+    reader: str
+    share: float
+
+    def weight(self, W: Tensor | None) -> Tensor:
+        """[out, in] with zeros where inputs are gone: of the linear as it was (None), or of a choice of it."""
+        with safe_open(self.file, framework="pt") as f:
+            if W is None:
+                return f.get_tensor(f"{self.share}.weight")
+            move = f.get_tensor(f"{self.share}.move")
+            return (W + move) * f.get_tensor(f"{self.share}.weight").any(0)
 
 
 @dataclass
@@ -149,14 +190,17 @@ class Group:
     linears: tuple[str, ...]
     choices: list[Choice]
     file: Path
+    cuts: dict[str, Cut] = field(default_factory=dict)  # linear → how it is cut
 
     def hull(self) -> list[int]:
-        """Choices on the lower convex hull of (bytes, damage): the ladder that steps up and down are taken on."""
+        """Choices on the lower convex hull of (cost, damage): the ladder that steps up and down are taken on."""
         c, hull = self.choices, list[int]()
-        for k in range(len(c)):
+        for k in sorted(range(len(c)), key=lambda k: (c[k].cost, c[k].damage)):
+            if hull and c[k].damage > c[hull[-1]].damage:
+                continue
             while len(hull) > 1:
                 a, b = c[hull[-2]], c[hull[-1]]
-                if (b.nbytes - a.nbytes) * (c[k].damage - a.damage) > (b.damage - a.damage) * (c[k].nbytes - a.nbytes):
+                if (b.cost - a.cost) * (c[k].damage - a.damage) > (b.damage - a.damage) * (c[k].cost - a.cost):
                     break
                 hull.pop()
             hull.append(k)
@@ -165,16 +209,36 @@ class Group:
     def steps_from(self, k: int) -> list[int]:
         """The choices one step down the ladder, as it is, and one step up."""
         c, ladder = self.choices, self.hull()
-        return [*[j for j in ladder if c[j].nbytes < c[k].nbytes][-1:], k, *[j for j in ladder if c[j].nbytes > c[k].nbytes][:1]]
+        return [*[j for j in ladder if c[j].cost < c[k].cost][-1:], k, *[j for j in ladder if c[j].cost > c[k].cost][:1]]
 
-    def weights(self, k: int) -> dict[str, Tensor | None]:
+    def weights(self, k: int) -> dict[str, Weight]:
         """path → [out, in] fp32 of a choice, None for the original."""
         choice = self.choices[k]
-        if choice.step is None:
-            return dict.fromkeys(self.linears)
-        with safe_open(self.file, framework="pt") as f:
-            read = lambda prefix: {n.removeprefix(prefix): f.get_tensor(n) for n in f.keys() if n.startswith(prefix)}  # noqa: SIM118
-            return {path: build(meta, read(f"{path}.{choice.place}.")).dequantize() for path, meta in choice.formats.items()}
+        made: dict[str, Weight] = dict.fromkeys(self.linears)
+        if choice.step is not None:
+            with safe_open(self.file, framework="pt") as f:
+                read = lambda prefix: {n.removeprefix(prefix): f.get_tensor(n) for n in f.keys() if n.startswith(prefix)}  # noqa: SIM118
+                made = {path: build(meta, read(f"{path}.{choice.place}.")).dequantize() for path, meta in choice.formats.items()}
+        return made | {path: cut.weight(made[path]) for path, cut in self.cuts.items() if path in made}
+
+
+@dataclass
+class Solution:
+    """A point of a front: the groups that are left, what each takes, and what is left out (omit.py)."""
+
+    groups: list[Group]
+    picks: list[int]
+    base: int = 0  # cost of what is no group's
+    damage: float = 0.0  # of what is left out, each alone
+    omitted: list[dict[str, Any]] = field(default_factory=list)
+    taken: list[tuple[str, int]] = field(default_factory=list)  # (node, option) of what is left out
+    weights: dict[str, Weight] = field(default_factory=dict)  # that stand for what is left out
+
+    def all_weights(self) -> dict[str, Weight]:
+        return weights_of(self.groups, self.picks) | self.weights
+
+    def cost(self) -> int:
+        return self.base + sum(g.choices[k].cost for g, k in zip(self.groups, self.picks, strict=True))
 
 
 def grouped(paths: Iterable[str], fused: bool) -> dict[str, list[str]]:
@@ -279,10 +343,10 @@ def kept_to_one_scheme(groups: list[Group]) -> Iterator[list[Group]]:
 
 
 def front_of(groups: list[Group]) -> Front:
-    return knapsack([[c.nbytes for c in g.choices] for g in groups], [[c.damage for c in g.choices] for g in groups])
+    return knapsack([[c.cost for c in g.choices] for g in groups], [[c.damage for c in g.choices] for g in groups])
 
 
-def weights_of(groups: list[Group], picks: Sequence[int], among: Iterable[int] | None = None) -> dict[str, Tensor | None]:
+def weights_of(groups: list[Group], picks: Sequence[int], among: Iterable[int] | None = None) -> dict[str, Weight]:
     """The weights that an allocation stands for, of all groups or of those `among` them."""
     return {path: W for i in (range(len(groups)) if among is None else among) for path, W in groups[i].weights(picks[i]).items()}
 
@@ -298,7 +362,7 @@ def improve(groups: list[Group], picks: list[int], budget: int, judge: Judge, *,
     for _ in range(rounds):
         options = [g.steps_from(k) for g, k in zip(groups, picks, strict=True)]
         damage = [[0.0 if k == picks[i] else judge(groups[i].weights(k)) - kl for k in options[i]] for i in watch(range(len(groups)), "measuring steps, group")]
-        front = knapsack([[g.choices[k].nbytes for k in o] for g, o in zip(groups, options, strict=True)], damage)
+        front = knapsack([[g.choices[k].cost for k in o] for g, o in zip(groups, options, strict=True)], damage)
         new = [o[c] for o, c in zip(options, front.picks[front.within(budget)].tolist(), strict=True)]
         moved = {i for i, k in enumerate(picks) if new[i] != k}
         if not moved or (now := judge(weights_of(groups, new, moved))) >= kl:
@@ -306,8 +370,8 @@ def improve(groups: list[Group], picks: list[int], budget: int, judge: Judge, *,
             break
         judge.put(weights_of(groups, new, moved))
         picks, kl = new, now
-    spent = sum(g.choices[k].nbytes for g, k in zip(groups, picks, strict=True))
-    moves = sorted((d, groups[i].choices[k].nbytes - groups[i].choices[picks[i]].nbytes, i, k) for i in range(len(groups)) if i not in moved
+    spent = sum(g.choices[k].cost for g, k in zip(groups, picks, strict=True))
+    moves = sorted((d, groups[i].choices[k].cost - groups[i].choices[picks[i]].cost, i, k) for i in range(len(groups)) if i not in moved
                    for k, d in zip(options[i], damage[i], strict=True) if k != picks[i])  # fmt: skip
     ups, downs = [m for m in moves if m[1] > 0][:64], [m for m in moves if m[1] < 0][:64]
     pairs = sorted((up[0] + down[0], up, down) for up in ups for down in downs if up[2] != down[2])
@@ -333,19 +397,23 @@ class Allocation:
 
     model: str
     consumer: str
-    budget: int  # bytes of the linears
-    nbytes: int  # of them taken
-    bits: float  # per weight of the linears, scales included
+    budget: int  # bytes of the linears, or nanoseconds a token
+    cost: int  # of it taken
+    nbytes: int  # of the linears
+    bits: float  # per weight of the linears there were, scales included
+    latency: float | None  # share of the original's time a token, None where nothing was timed
     layers: dict[str, dict[str, Any] | None]  # path → method and options, None: stays as it is
     groups: list[dict[str, Any]]  # name, linears, format, bytes, bits, damage alone
+    omitted: list[dict[str, Any]]  # what, kind, name, share, damage alone
     predicted: float  # sum of the damages alone
     before: float  # measured, of the knapsack's allocation
     kl: float  # measured, after the search
-    curve: list[dict[str, Any]]  # the front: bits, predicted, and measured at some points
-    uniform: list[dict[str, Any]]  # every layer the same choice: format, bits, predicted
+    curve: list[dict[str, Any]]  # the front: bits (or latency), predicted, and measured at some points
+    uniform: list[dict[str, Any]]  # every layer the same choice: step, bits (or latency), predicted
     trials: int
     recipe: Recipe
     artifact_kl: float | None = None  # of the finished artifact, whose later layers make up for earlier ones
+    speed: dict[str, float] | None = None  # decoded tokens a second: original, artifact
     report: Any = None  # of the run
 
     def to_json(self) -> dict[str, Any]:
@@ -354,68 +422,107 @@ class Allocation:
 
 
 def allocate(source: Checkpoint, menu: Menu, groups: list[Group], judge: Judge, budget: int, cache: Path, *, consumer: str = "ours", rounds: int = 0,
-             tries: int = 16, points: int = 4, watch: Watch) -> Allocation:  # fmt: skip
-    """The allocation of least KL whose linears take at most `budget` bytes. Raises CompressError where the menu has none so small."""
+             tries: int = 16, points: int = 4, omit: Omit | None = None, fixed: int = 0, token: int = 0, watch: Watch) -> Allocation:  # fmt: skip
+    """The allocation of least KL whose cost is at most `budget`: bytes of the linears, or with `token`, the original's, nanoseconds, `fixed` of which are
+    no choice's. omit: what may be left out. Raises CompressError where the menu has none so small."""
     probe(groups, judge, cache, watch)
-    if menu.uniform:
+    if omit is not None:
+        known: dict[str, float] = json.loads(cache.read_text())
+        omit.probe(judge, known, watch)
+        write_json(cache, known)
+    size = {g.name: sum(math.prod(judge.originals[p][0].shape) for p in g.linears) for g in groups}
+    parameters = sum(size.values())
+    unit, scale = ("latency", 1 / token) if token else ("bits", 8 / parameters)
+
+    def front_without(banned: frozenset[tuple[str, int]] = frozenset()) -> Front:
+        found = front_of(groups) if omit is None else omit.front(groups, banned)
+        return replace(found, cost=found.cost + fixed)
+
+    solve = lambda picks: Solution(groups, picks, fixed) if omit is None else omit.solution(groups, picks, fixed)
+    if menu.uniform and omit is None:
         variants = [(v, front_of(v)) for v in kept_to_one_scheme(groups)]
-        fits = [(v, f) for v, f in variants if int(f.nbytes[0]) <= budget] or [min(variants, key=lambda vf: int(vf[1].nbytes[0]))]
+        fits = [(v, f) for v, f in variants if int(f.cost[0]) <= budget] or [min(variants, key=lambda vf: int(vf[1].cost[0]))]
         groups, front = min(fits, key=lambda vf: float(vf[1].damage[vf[1].within(budget)]))
     else:
-        front = front_of(groups)
-    size = {g.name: sum(math.prod(judge.originals[p].shape) for p in g.linears) for g in groups}
-    parameters = sum(size.values())
+        front = front_without()
+    if token and budget < int(front.cost[0]):
+        raise CompressError(f"the fastest choices take {int(front.cost[0]) / token:.2f} of the original's {token / 1e6:.2f} ms a token on this machine, "
+                            f"{fixed / token:.2f} is no layer's; the budget is {budget / token:.2f}: raise it")  # fmt: skip
     at = front.within(budget)
-    curve = [{"bits": 8 * int(b) / parameters, "predicted": float(d)} for b, d in zip(front.nbytes, front.damage, strict=True)]
-    low, high = max(0.0, curve[at]["bits"] - 0.75), curve[at]["bits"] + 0.75
-    for bits in (low + (high - low) * j / (points - 1) for j in range(points)):
-        j = max((j for j, c in enumerate(curve) if c["bits"] <= bits), default=0)
-        curve[j]["measured"] = judge(weights_of(groups, front.picks[j].tolist()))
+    curve = [{unit: int(b) * scale, "predicted": float(d)} for b, d in zip(front.cost, front.damage, strict=True)]
+    span = 0.75 if unit == "bits" else 0.15
+    low, high = max(0.0, curve[at][unit] - span), curve[at][unit] + span
+    for x in (low + (high - low) * j / (points - 1) for j in range(points)):
+        j = max((j for j, c in enumerate(curve) if c[unit] <= x), default=0)
+        curve[j]["measured"] = judge(solve(front.picks[j].tolist()).all_weights())
     curve = [c for j, c in enumerate(curve) if "measured" in c or j % max(1, len(curve) // 200) == 0]
-    picks = front.picks[at].tolist()
-    judge.put(weights_of(groups, picks))
-    before = judge({})
-    picks, kl = improve(groups, picks, budget, judge, rounds=rounds, tries=tries, watch=watch)
-    chosen = [g.choices[k] for g, k in zip(groups, picks, strict=True)]
-    nbytes, uniform = sum(c.nbytes for c in chosen), list[dict[str, Any]]()
+    best = solve(front.picks[at].tolist())
+    judge.put(best.all_weights())
+    before = kl = judge({})
+    for node in watch(best.taken[:tries], "trying without, omission"):  # switches of what is left out: something else pays for it
+        other = front_without(frozenset([node]))
+        if int(other.cost[0]) <= budget:
+            now = solve(other.picks[other.within(budget)].tolist())
+            weights: dict[str, Weight] = dict.fromkeys(judge.originals) | now.all_weights()
+            if (trial := judge(weights)) < kl:
+                judge.put(weights)
+                best, kl = now, trial
+    best.picks, kl = improve(best.groups, best.picks, budget - best.base, judge, rounds=rounds, tries=tries, watch=watch)
+    chosen = {g.name: g.choices[k] for g, k in zip(best.groups, best.picks, strict=True)}
+    nbytes = sum(c.nbytes for c in chosen.values())
+    uniform = list[dict[str, Any]]()
     for place, step in enumerate(menu.steps):
         same = [c for g in groups for c in g.choices if c.place == place]
         if len(same) == len(groups):
-            uniform.append({"step": step, "bits": 8 * sum(c.nbytes for c in same) / parameters, "predicted": sum(c.damage for c in same)})
-    rows = [{"name": g.name, "linears": len(g.linears), "format": c.describe, "bytes": c.nbytes, "bits": 8 * c.nbytes / size[g.name], "damage": c.damage}
-            for g, c in zip(groups, chosen, strict=True)]  # fmt: skip
-    bits, layers = 8 * nbytes / parameters, {p: c.step for g, c in zip(groups, chosen, strict=True) for p in g.linears}
-    return Allocation(source.name, consumer, budget, nbytes, bits, layers, rows, sum(c.damage for c in chosen), before, kl, curve, uniform, judge.trials,
-                      recipe_of(f"auto-{bits:.2f}", groups, picks))  # fmt: skip
+            around = fixed + sum(o.options[0].base for o in omit.nodes()) if omit else fixed
+            uniform.append({"step": step, unit: (around + sum(c.cost for c in same)) * scale, "predicted": sum(c.damage for c in same)})
+    gone = {"format": "left out", "bytes": 0, "bits": 0.0, "damage": 0.0}
+    rows = [{"name": g.name, "linears": len(g.linears)} | (gone if (c := chosen.get(g.name)) is None else
+            {"format": c.describe, "bytes": c.nbytes, "bits": 8 * c.nbytes / size[g.name], "damage": c.damage}) for g in groups]  # fmt: skip
+    bits, layers = 8 * nbytes / parameters, {p: chosen[g.name].step for g in best.groups for p in g.linears}
+    name = f"auto-{best.cost() / token:.2f}x" if token else f"auto-{bits:.2f}"
+    return Allocation(source.name, consumer, budget, best.cost(), nbytes, bits, best.cost() / token if token else None, layers, rows, best.omitted,
+                      best.damage + sum(c.damage for c in chosen.values()), before, kl, curve, uniform, judge.trials,
+                      recipe_of(name, best, source, omit))  # fmt: skip
 
 
-def recipe_of(name: str, groups: list[Group], picks: Sequence[int]) -> Recipe:
-    """An ordinary recipe: one step a choice, matching the linears that take it; those that stay as they are match none."""
+def recipe_of(name: str, found: Solution, source: Checkpoint, omit: Omit | None) -> Recipe:
+    """An ordinary recipe: what is left out, and one step a choice, matching the linears that take it; those that stay as they are match none."""
     steps: dict[str, dict] = {}
-    for g, k in zip(groups, picks, strict=True):
+    gone = sorted(i for i in range(source.num_blocks) if any(o["what"] == "absent" and o["name"] == source.block_name(i) for o in found.omitted))
+    for g, k in zip(found.groups, found.picks, strict=True):
         if (step := g.choices[k].step) is not None:
-            steps.setdefault(json.dumps(step), step | {"match": []})["match"] += g.linears
-    if not steps:
+            steps.setdefault(json.dumps(step), step | {"match": []})["match"] += [_moved(source, path, gone) for path in g.linears]
+    structure = omit.structure(found.omitted) if omit else []
+    if not steps and not structure:
         raise CompressError("the budget pays for every layer as it is: nothing to compress")
-    return Recipe.model_validate({"name": name, "description": "made by compress auto", "steps": list(steps.values())}).check()
+    return Recipe.model_validate({"name": name, "description": "made by compress auto", "structure": structure, "steps": list(steps.values())}).check()
+
+
+def _moved(source: Checkpoint, path: str, gone: list[int]) -> str:
+    """The path of a linear once the blocks `gone` are."""
+    i, _, local = path.removeprefix(source.blocks_path + ".").partition(".")
+    return f"{source.block_name(int(i) - sum(b < int(i) for b in gone))}.{local}"
 
 
 def draw(a: Allocation, path: Path) -> None:
-    """The curve of size against divergence as a picture: predicted sums, what was measured, the allocation that was chosen."""
+    """The curve of cost against divergence as a picture: predicted sums, what was measured, the allocation that was chosen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    unit, x = ("bits", a.bits) if a.latency is None else ("latency", a.latency)
+    label = {"bits": "bits per weight of the linears, scales included", "latency": "time a token, of the original's on this machine"}[unit]
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="bits per weight of the linears, scales included", ylabel="KL(original ‖ compressed), nats", yscale="log",
-                              title=f"{Path(a.model).name}: {len(a.groups)} groups, {a.bits:.2f} bits chosen")  # fmt: skip
-    shown = [c for c in a.curve if c["predicted"] > 0 and c["bits"] < a.bits + 2]
-    axes.plot([c["bits"] for c in shown], [c["predicted"] for c in shown], color="#2463a6", label="best mixture, predicted")
+    axes = figure.add_subplot(xlabel=label, ylabel="KL(original ‖ compressed), nats", yscale="log",
+                              title=f"{Path(a.model).name}: {len(a.groups)} groups, {x:.2f} chosen")  # fmt: skip
+    near = lambda rows: [r for r in rows if r["predicted"] > 0 and r[unit] < x + 2]
+    shown, same = near(a.curve), near(a.uniform)
     measured = [c for c in shown if "measured" in c]
-    axes.plot([c["bits"] for c in measured], [c["measured"] for c in measured], "o", color="#2463a6", mfc="white", label="best mixture, measured")
-    same = [u for u in a.uniform if u["bits"] < a.bits + 2 and u["predicted"] > 0]
-    axes.plot([u["bits"] for u in same], [u["predicted"] for u in same], "s", color="#999", label="one choice for all, predicted")
-    axes.plot([a.bits], [a.kl], "*", ms=13, color="#c0392b", label="chosen, after the search")
+    axes.plot([c[unit] for c in shown], [c["predicted"] for c in shown], color="#2463a6", label="best mixture, predicted")
+    axes.plot([c[unit] for c in measured], [c["measured"] for c in measured], "o", color="#2463a6", mfc="white", label="best mixture, measured")
+    axes.plot([u[unit] for u in same], [u["predicted"] for u in same], "s", color="#999", label="one choice for all, predicted")
+    axes.plot([x], [a.kl], "*", ms=13, color="#c0392b", label="chosen, after the search")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

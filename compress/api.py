@@ -22,9 +22,8 @@ import torch
 import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from . import allocate, artifact, importing, plots, preflight, progress, transforms, verification
 from . import distill as _distill
@@ -44,26 +43,27 @@ from .eval import depth as _depth
 from .eval import drift as _drift
 from .eval import tasks as _tasks
 from .experts import fused_experts
-from .export import Exported, can_export
+from .export import Exported, as_floats, can_export
 from .export import write as _export
-from .formats import build
+from .formats import Format
 from .heal import heal as _heal
 from .healing.options import Heal
 from .hf import empty
 from .judge import Judge
+from .latency import Clock, parse_latency, routed, surroundings, timed
 from .linear import CompressedLinear
-from .preflight import SCHEDULE_WINDOWS, Plan
+from .omit import offered, priced
+from .preflight import EVAL_TOKENS, SCHEDULE_WINDOWS, Plan
 from .report import Page, make_page
 from .schedule import scheduled
 from .skeleton import KEY
 from .stream import Stream
 from .structure.scratch import Scratch, brief
-from .verification import Verification
+from .verification import ArtifactCheckpoint, Verification
 from .version import __version__
 from .walk import Done, copy_outer, restore, walk
 
 BATCH_TOKENS = 4096  # tokens of one forward during calibration: fixed, because the order of summation is part of the result
-EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
 DRIFT_PROMPT, DRIFT_TOKENS = 32, 64  # tokens of a prompt and of its continuation
 DEPTH_WINDOWS = 8  # windows for the KL block by block, which takes many passes
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,22 +129,15 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                    uniform=uniform, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
         return heal(base.path, model, calibration, output, options=chosen.heal, seed=seed, pack=pack, chat_template=chat_template, device=device, dtype=dtype,
                     strict=strict, overwrite=overwrite, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
-    device = _device(device)
+    device, folder = _device(device), Path(output)
     whole = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
     source = chosen.viewed(_uniform(uniform, chosen.guessed(whole)))
-    planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)  # refuses bad group sizes before anything is written
-    fallbacks = [{"what": "pattern matches nothing", "where": p, "count": 1, "detail": "no linear of this model has such a path"}
-                 for p in preflight.unmatched(chosen, planned.layers)]  # fmt: skip
-    needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
-    data = None
-    if chosen.schedule:
-        needs |= {"hessian"} | ({"gradient"} if chosen.schedule.by == "gradient" else set())
-    if needs or chosen.tune or chosen.distill or chosen.transforms or any(step.needs_text for step in chosen.structural()):
-        data = _text(calibration, source, samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template)
-        if chosen.generated:
-            data = data.with_generated(_text("self", source, samples=chosen.generated, seqlen=data.tokens.shape[1], seed=seed))
-        fallbacks += data.fallbacks
-        _fits(data, source.config, _vocabulary(source), model)
+    measure = partial(preflight.make, samples=samples, seqlen=seqlen, timed=False)
+    planned = measure(source, chosen)  # refuses bad group sizes before anything is written
+    needs = _needs(chosen, planned)
+    data = _calibrated(chosen, source, needs, calibration, samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template)
+    fallbacks = [_note("pattern matches nothing", p, "no linear of this model has such a path") for p in preflight.unmatched(chosen, planned.layers)]
+    fallbacks += data.fallbacks if data else []
     batch = max(1, BATCH_TOKENS // (data.tokens.shape[1] if data else seqlen))
     if chosen.transforms and data:
         tell = lambda name, found: progress.line(f"transform {name}: " + (found if isinstance(found, str) else f"error {found:.3e}"), show)
@@ -154,7 +147,6 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     identity = {"source": whole.digest(), "recipe": chosen.identity(),
                 "calibration": data and data.record | {"sha256": _digest(data)}, "seed": seed,
                 "dtype": str(source.dtype)[6:], "device": torch.device(device).type, "batch_tokens": BATCH_TOKENS, "compress": __version__}  # fmt: skip
-    folder = Path(output)
     writer = Writer(folder, identity, overwrite=overwrite)
     try:
         if writer.complete:
@@ -162,27 +154,24 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
             strictly(strict, [f.model_dump() for f in manifest.fallbacks])
             return Report(str(folder), manifest, time.perf_counter() - started, len(manifest.layers), _peak_rss())
         _room(folder, planned.disk)
-        scratch = Scratch(folder, identity) if chosen.structure else None
-        structure = [] if scratch is None else _structure(chosen, whole, data, scratch, batch, device, show)
+        scratch, structure = Scratch(folder, identity) if chosen.structure else None, list[dict[str, Any]]()
         if scratch:
+            structure = _structure(chosen, whole, data, scratch, batch, device, show)
             source = chosen.viewed(_uniform(uniform, _smaller(chosen, whole, structure, scratch)))
-            planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)
+            planned = measure(source, chosen)
         fallbacks += [note for note in source.notes if note not in fallbacks]
-        generator = torch.Generator().manual_seed(seed)
-        probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=generator), device=device)
-        streamed = data if needs or chosen.tune or chosen.distill or chosen.transforms else None  # structural steps have seen the text before
-        enter = partial(Stream, source, tokens=streamed.tokens, mask=streamed.mask, batch=batch, device=device, folder=folder.parent) if streamed else None
-        stream = enter() if enter else None
-        original = enter() if enter and ("cross" in needs or chosen.tune or chosen.distill) else None
-        guidance = None
-        if enter and data:
+        probe = Stream(source, torch.randint(_vocabulary(source), (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(seed)), device=device)
+        stream = original = guidance = None
+        if data and (needs or chosen.tune or chosen.distill or chosen.blocks):  # else structural steps alone have read the text
+            enter = partial(Stream, source, tokens=data.tokens, mask=data.mask, batch=batch, device=device, folder=folder.parent)
+            stream = enter()
+            original = enter() if "cross" in needs or chosen.tune or chosen.distill else None
             few = partial(enter, tokens=data.tokens[:SCHEDULE_WINDOWS], mask=None if data.mask is None else data.mask[:SCHEDULE_WINDOWS])
             if needs & {"guidance", "gradient"}:
                 guidance = guide(enter() if "guidance" in needs else few(), seed)
             if chosen.schedule:
-                told = lambda what, where, detail: fallbacks.append({"what": what, "where": where, "count": 1, "detail": detail})
-                chosen = scheduled(chosen, source, few(), guidance, told)
-                planned = preflight.make(source, chosen, samples=samples, seqlen=seqlen, timed=False)
+                chosen = scheduled(chosen, source, few(), guidance, lambda *told: fallbacks.append(_note(*told)))
+                planned = measure(source, chosen)
         headers: dict[str, dict] = {}
         copy_outer(source, writer, headers)
         resumed = 0
@@ -195,14 +184,7 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                 if strict:
                     strictly(strict, [f for h in headers.values() for f in h["fallbacks"]])
         if chosen.distill and data and original:
-            teacher = original.tail()
-            _distill.finish(chosen.distill, writer, headers, lambda: _whole(source, device, source.dtype), source.blocks_path, data.tokens, data.mask,
-                            lambda rows: teacher(original.hidden[rows].to(device)), seed=seed, watch=lambda todo: progress.steps(todo, "distilling", show))
-            probe = Stream(source, probe.tokens, device=device)
-            for i in range(source.num_blocks):
-                block, shard = source.load_block(i, device), f"block-{i:05d}"
-                restore(block, source.block_name(i), headers[shard], writer.read(shard))
-                probe.advance(block)
+            probe = _distilled(chosen.distill, writer, headers, source, data, original, probe, seed=seed, device=device, show=show)
         headers[PROBE.removesuffix(".safetensors")] = writer.commit(PROBE.removesuffix(".safetensors"), {
             "tokens": probe.tokens, "logits": next(probe.logits())[:, -PROBE_KEPT:].float()}, {}, fallbacks)  # fmt: skip
         strictly(strict, [f for h in headers.values() for f in h["fallbacks"]])
@@ -214,6 +196,42 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     finally:
         writer.close()
     return Report(str(folder), manifest, time.perf_counter() - started, resumed, _peak_rss())
+
+
+def _needs(chosen: _recipe.Recipe, planned: Plan) -> frozenset[str]:
+    """The statistics that a recipe asks for on this model."""
+    needs = frozenset[str]().union(*(step.build().needs for layer in planned.layers if (step := chosen.step_for(layer.name)) is not None))
+    return needs | ({"hessian"} | ({"gradient"} if chosen.schedule.by == "gradient" else set()) if chosen.schedule else set())
+
+
+def _calibrated(chosen: _recipe.Recipe, source: Checkpoint, needs: frozenset[str], calibration: str | CalibrationSet, *, samples: int, seqlen: int, seed: int,
+                pack: bool, chat_template: bool) -> CalibrationSet | None:  # fmt: skip
+    """The text that a run reads, None where nothing in the recipe asks for any."""
+    if not (needs or chosen.tune or chosen.distill or chosen.blocks or chosen.transforms or any(step.needs_text for step in chosen.structural())):
+        return None
+    data = _text(calibration, source, samples=samples, seqlen=seqlen, seed=seed, pack=pack, chat_template=chat_template)
+    if chosen.generated:
+        data = data.with_generated(_text("self", source, samples=chosen.generated, seqlen=data.tokens.shape[1], seed=seed))
+    _fits(data, source.config, _vocabulary(source), source.name)
+    return data
+
+
+def _distilled(options: _distill.Distill, writer: Writer, headers: dict[str, dict], source: Checkpoint, data: CalibrationSet, original: Stream, probe: Stream,
+               *, seed: int, device: str, show: bool) -> Stream:  # fmt: skip
+    """Train the finished blocks as one model against the states that `original` ends with; the probe, sent through what came of it."""
+    teacher = original.tail()
+    _distill.finish(options, writer, headers, lambda: _whole(source, device, source.dtype), source.blocks_path, data.tokens, data.mask,
+                    lambda rows: teacher(original.hidden[rows].to(device)), seed=seed, watch=lambda todo: progress.steps(todo, "distilling", show))
+    probe = Stream(source, probe.tokens, device=device)
+    for i in range(source.num_blocks):
+        block, shard = source.load_block(i, device), f"block-{i:05d}"
+        restore(block, source.block_name(i), headers[shard], writer.read(shard))
+        probe.advance(block)
+    return probe
+
+
+def _note(what: str, where: str, detail: str) -> dict[str, Any]:
+    return {"what": what, "where": where, "count": 1, "detail": detail}
 
 
 def heal(path: str, teacher: str, data: str | CalibrationSet = "stdlib", output: str | Path = "healed", *,
@@ -245,27 +263,33 @@ def heal(path: str, teacher: str, data: str | CalibrationSet = "stdlib", output:
 
 
 def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str | Path = "out", *, size: str | int | None = None,
-         bits: float | None = None, consumer: str = "ours", menu: str | Path | list[dict] | None = None, samples: int = 128, seqlen: int = 512,
-         seed: int = 0, windows: int = 8, rounds: int = 0, tries: int = 16, plan_only: bool = False, device: str = "auto", dtype: str = "auto",
-         strict: bool = False, overwrite: bool = False, trust_remote_code: bool = False, show: bool = True) -> Allocation:  # fmt: skip
+         bits: float | None = None, latency: str | float | None = None, omit: bool | None = None, consumer: str = "ours",
+         menu: str | Path | list[dict] | None = None, samples: int = 128, seqlen: int = 512, seed: int = 0, windows: int = 8, rounds: int = 0,
+         tries: int = 16, plan_only: bool = False, device: str = "auto", dtype: str = "auto", strict: bool = False, overwrite: bool = False,
+         trust_remote_code: bool = False, show: bool = True) -> Allocation:  # fmt: skip
     """Spend a budget where it counts (allocate.py), then `run` the recipe that comes of it.
 
-    size: bytes of the whole artifact ("4GB"), or bits: mean bits per weight of the linears, scales included; one of the two. consumer: what is to load the
-    result (ours, vllm, gptq, awq, gguf). menu: other choices than the consumer's own: a name of allocate.MENUS, a YAML file or a list of steps. windows: of
-    the calibration text, on which divergences are measured; rounds and tries: of the search. Beside the output go OUT.plan.json, OUT.recipe.yaml,
+    size: bytes of the whole artifact ("4GB"), or bits: mean bits per weight of the linears, scales included, or latency: time of a decoded token on this
+    machine, of the original's ("0.5x") or outright ("8ms", compress/latency.py); one of the three. omit: may blocks, sublayers and neurons be left out, too
+    (compress/omit.py)? None: where the budget is a latency. consumer: what is to load the result (ours, vllm, gptq, awq, gguf); where it is another program,
+    only whole blocks may go. menu: other choices than the consumer's own: a name of allocate.MENUS, a YAML file or a list of steps. windows: of the
+    calibration text, on which divergences are measured; rounds and tries: of the search. Beside the output go OUT.plan.json, OUT.recipe.yaml,
     OUT.pareto.png and sensitivities-HASH/, which the next budget for the same model, menu and text finds again.
     Raises CompressError on bad input, and where the menu has nothing that small.
     """
-    if (size is None) == (bits is None):
-        raise CompressError("give a budget: size (bytes of the whole artifact, e.g. 4GB) or bits (a weight, e.g. 3.5), one of the two")
+    if sum(given is not None for given in (size, bits, latency)) != 1:
+        raise CompressError("give a budget: size (bytes of the whole artifact, e.g. 4GB), bits (a weight, e.g. 3.5) or latency (of the original's, e.g. 0.5x), "
+                            "one of the three")  # fmt: skip
+    goal = None if latency is None else parse_latency(latency)
     device, folder = _device(device), Path(output)
     source = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
     shapes = {name: shape for name, _, shape in preflight.linears(source)}
     parameters = sum(m * n for m, n in shapes.values())
     rest = sum(e.nbytes for e in source.entries.values()) - sum(m * n * source.dtype_of(f"{name}.weight").itemsize for name, (m, n) in shapes.items())
     budget = int(bits * parameters / 8) if bits is not None else allocate.parse_size(size or 0) - rest
-    chosen = allocate.menu_for(consumer, menu, 8 * budget / parameters)
-    if budget < (least := allocate.smallest(source, chosen, shapes)):
+    chosen = allocate.menu_for(consumer, menu, None if goal else 8 * budget / parameters)
+    leaving = (goal is not None if omit is None else omit) and not chosen.uniform
+    if not goal and not leaving and budget < (least := allocate.smallest(source, chosen, shapes)):
         raise CompressError(f"{model}: the menu's smallest choices take {8 * least / parameters:.2f} bits a weight, {(least + rest) / 1e6:.1f} MB with what is "
                             f"not compressed; the budget is {8 * budget / parameters:.2f} bits, {(budget + rest) / 1e6:.1f} MB")  # fmt: skip
     data = _text(calibration, source, samples=samples, seqlen=seqlen, seed=seed)
@@ -276,16 +300,38 @@ def auto(model: str, calibration: str | CalibrationSet = "stdlib", output: str |
     with artifact.writing(folder.absolute().parent):
         cache.mkdir(parents=True, exist_ok=True)
     batch, watch = max(1, BATCH_TOKENS // data.tokens.shape[1]), lambda todo, what: progress.steps(todo, what, show)
-    groups = allocate.survey(source, chosen, Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=cache), cache, watch)
+    enter = lambda: Stream(source, data.tokens, data.mask, batch=batch, device=device, folder=cache)
+    groups = allocate.survey(source, chosen, enter(), cache, watch)
+    count, around, fixed, token = allocate.bytes_of(source), [dict[str, int]()] * source.num_blocks, 0, 0
+    if goal:
+        clock = Clock(cache / "nanoseconds.json", source.stored_dtype, device)
+        count, (around, fixed) = timed(clock, count, routed(source)), surroundings(model, source.stored_dtype, clock, trust_remote_code)
+        fixed += 0 if leaving else sum(sum(block.values()) for block in around)
+        token = fixed + sum(sum(block.values()) for block in around if leaving) + sum(count(None, path, shape)[0] for path, shape in shapes.items())
+        budget = int(goal[0] * (token if goal[1] else 1e6))
+        priced(groups, count, shapes)
+    tree, plain = None, consumer != "ours"
+    if leaving:
+        tree = offered(source, groups, shapes, None if plain else enter(), cache, count, around, plain=plain, watch=watch)
     exact = Checkpoint(model, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    judge = Judge(exact, data.tokens[:windows], None if data.mask is None else data.mask[:windows], batch=batch, device=device, folder=cache)
-    found = allocate.allocate(source, chosen, groups, judge, budget, cache / f"kl-{windows}.json", consumer=consumer, rounds=rounds, tries=tries, watch=watch)
-    if chosen.export and (refused := preflight.make(source, found.recipe).consumers[chosen.export]):
+    few = data.tokens[:windows], None if data.mask is None else data.mask[:windows]
+    judge = Judge(exact, *few, batch=batch, device=device, folder=cache)
+    found = allocate.allocate(source, chosen, groups, judge, budget, cache / f"kl-{windows}.json", consumer=consumer, rounds=rounds, tries=tries, omit=tree,
+                              fixed=fixed, token=token, watch=watch)  # fmt: skip
+    if chosen.export and (refused := preflight.make(found.recipe.guessed(source), found.recipe).consumers[chosen.export]):
         raise CompressError(f"{model}: {chosen.export}, which {consumer} reads, cannot hold it: {refused}")
     if not plan_only:
         found.report = run(model, found.recipe, data, output, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, strict=strict,
                            overwrite=overwrite, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
-        found.artifact_kl = judge(_weights(folder, found.report.manifest))
+        made = Stream(ArtifactCheckpoint(folder, found.report.manifest, trust_remote_code, dtype=torch.float32), *few, batch=batch, device=device, folder=cache)
+        for i in range(made.source.num_blocks):
+            made.advance(made.source.load_block(i, device))
+        found.artifact_kl = judge.beside(made)
+        if goal:
+            from .eval import speed as _speed  # as in `evaluate`
+
+            both = ("original", source.path), ("artifact", folder)
+            found.speed = {name: _speed.measure(str(path), device=device)["decode_tokens_per_second"] for name, path in both}
     beside = lambda suffix: log_path(folder).with_name(f"{folder.resolve().name}.{suffix}")
     with artifact.writing(cache.parent):
         beside("recipe.yaml").write_text(yaml.safe_dump(found.recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=150))
@@ -307,13 +353,6 @@ def diagnose(model: str, calibration: str | CalibrationSet = "stdlib", *, sample
     with tempfile.TemporaryDirectory() as folder:
         return _diagnose(source, data.tokens, data.mask, windows=windows, batch=max(1, BATCH_TOKENS // data.tokens.shape[1]), device=device,
                          folder=Path(folder), watch=lambda todo, what: progress.steps(todo, what, show))  # fmt: skip
-
-
-def _weights(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor | None]:
-    """The compressed linears of an artifact as matrices [out, in]."""
-    shards = {t.shard: load_file(folder / t.shard) for t in manifest.tensors.values() if t.shard.startswith("block-")}
-    tensors = {name: t for shard in shards.values() for name, t in shard.items()}
-    return {name: build(r.format, {t: tensors[place] for t, place in r.places(name).items()}).dequantize() for name, r in manifest.layers.items()}
 
 
 def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
@@ -395,6 +434,11 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
     def figures() -> dict:
         if stream:
             return _compare.compare(streamed(folder), streamed(source) if source else None, text)
+        vocabulary = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        n, itemsize = [_parameters(p) if p else 0 for p in (folder, source)], (torch_dtype or torch.float32).itemsize
+        ram = preflight.held(n[0], n[1], weight_bytes(folder), vocabulary, itemsize)
+        if ram > 0.8 * (have := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+            tell(f"{'both models take' if source else 'the model takes'} about {ram / 1e9:.1f} of {have / 1e9:.1f} GB; with --stream, a block at a time")
         models, batch = both(), max(1, EVAL_TOKENS // text.tokens.shape[1])
         streams = [progress.batches(_compare.logits_of(m, text, batch), len(text.tokens), show and m is models[0]) for m in models]
         return _compare.compare(streams[0], streams[1] if source else None, text)
@@ -528,13 +572,22 @@ def inspect(path: str) -> Manifest:
 
 def loads_in(path: str) -> dict[str, list[str]]:
     """Consumer → why it cannot hold an artifact, empty where it can (`compress export --to` it). From the manifest alone."""
+    return can_export(*_described(path))
+
+
+def held_as_floats(path: str) -> dict[str, str]:
+    """Consumer that can hold an artifact → which of its layers it would hold multiplied out, in words, "" for none. From the manifest alone."""
+    return as_floats(*_described(path))
+
+
+def _described(path: str) -> tuple[dict[str, Format], PreTrainedConfig]:
     folder = resolve(path, weights=False)
     manifest = read_manifest(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, OSError, KeyError) as error:
         raise CompressError(f"{path}: transformers cannot read its config.json ({str(error).splitlines()[0]})") from error
-    return can_export({name: empty(name, manifest) for name in manifest.layers}, config)
+    return {name: empty(name, manifest) for name in manifest.layers}, config
 
 
 def verify(path: str, *, trust_remote_code: bool = False) -> Verification:
@@ -722,13 +775,19 @@ def weight_bytes(folder: Path) -> int:
     return sum(e.nbytes for e in read_headers(folder).values())
 
 
+def _parameters(folder: Path) -> int:
+    if (folder / MANIFEST).is_file():
+        return int(read_manifest(folder).totals["parameters"])
+    return sum(torch.Size(e.shape).numel() for e in read_headers(folder).values())
+
+
 def _bits(folder: Path) -> tuple[float, float]:
     """Bits per weight of the linears and of the whole model."""
     if (folder / MANIFEST).is_file():
         totals = read_manifest(folder).totals
         return totals["linear_bits"], totals["model_bits"]
     entries = read_headers(folder).values()
-    bits = 8 * sum(e.nbytes for e in entries) / sum(torch.Size(e.shape).numel() for e in entries)
+    bits = 8 * sum(e.nbytes for e in entries) / _parameters(folder)
     return bits, bits
 
 

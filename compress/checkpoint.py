@@ -152,11 +152,13 @@ class Checkpoint:
         state = self.model.state_dict()
         found: dict[str, Group] = {}
         self.unknown: list[str] = []
-        prefix = self.model.base_model_prefix
+        prefix, made = self.model.base_model_prefix, {name.rpartition(".")[2] for name, _ in self.model.named_buffers()} - {n.rpartition(".")[2] for n in state}
         for key in sorted(self.entries, key=dot_natural_key):
             target, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if target not in state and key in state:
                 target, pattern = key, None
+            if target not in state and key.rpartition(".")[2] in made:
+                continue  # the model makes this buffer itself: the rotary inv_freq that old checkpoints keep a block
             if target not in state:
                 self.unknown.append(key)  # e.g. multi-token-prediction layers: kept in the artifact under their own names
                 continue
@@ -189,6 +191,10 @@ class Checkpoint:
     def stored(self, group: Group) -> torch.dtype:
         """The dtype of a group's tensors on disk, here and in an artifact."""
         return self.entries[group.sources[0][0]].dtype
+
+    def ignorable(self, key: str) -> bool:
+        """Is this one of the tensors that the model class tells transformers to pass over (multi-token prediction, mostly)?"""
+        return any(re.search(pattern, key) for pattern in self.model._keys_to_ignore_on_load_unexpected or ())
 
     def parameters(self) -> int:
         return sum(torch.Size(e.shape).numel() for e in self.entries.values())

@@ -40,7 +40,8 @@ UsageError: Any = typer.BadParameter.__base__  # click's own, which newer versio
 
 Model = Annotated[str, typer.Argument(help="A local model folder or a hub id, e.g. Qwen/Qwen3-0.6B")]
 Artifact = Annotated[str, typer.Argument(help="An artifact folder made by `compress run`")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help=f"A name ({', '.join(recipe.names())}) or a YAML file")]
+names = lambda found: lambda incomplete: [name for name in found() if name.startswith(incomplete)]  # what the shell completes
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", autocompletion=names(recipe.names), help=f"A name ({', '.join(recipe.names())}) or a YAML file")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Override an option of the recipe: gptq.bits=3 (repeatable)")]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration windows")]
 Seqlen = Annotated[int, typer.Option(min=2, help="Tokens of a window")]
@@ -93,11 +94,13 @@ def plan(model: Model, recipe: RecipeName = "w4-gptq", set_: Settings = None, sa
     out.print(f"{p.model} with {p.recipe}: {size(p.bytes_before)} → {size(p.bytes_after)}, {p.linear_bits:.2f} bits per compressed weight, "
               f"{p.model_bits:.2f} over all {p.parameters / 1e6:.1f} M parameters", highlight=False)  # fmt: skip
     out.print(f"peak RAM about {size(p.peak_ram)} above what importing torch and transformers takes, disk {size(p.disk)}, time about "
-              f"{duration(p.seconds)} on this machine", highlight=False)  # fmt: skip
+              f"{duration(p.seconds)} on this machine; evaluating beside the original about {size(p.evaluation_ram)}, or a block of each with --stream",
+              highlight=False, soft_wrap=True)  # fmt: skip
     if not any(r.method for r in p.layers):
         out.print("nothing is stored in a format of ours: no export is needed")
     for to, reason in p.consumers.items() if any(r.method for r in p.layers) else ():
-        out.print(f"{to}: {'loads it' if not reason else 'no: ' + reason}", highlight=False, markup=False, soft_wrap=True)
+        floats = f", but {p.as_floats[to]}: it has no layout for them" if p.as_floats.get(to) and to != "dense" else ""
+        out.print(f"{to}: {'loads it' + floats if not reason else 'no: ' + reason}", highlight=False, markup=False, soft_wrap=True)
     for warning in p.warnings:
         out.print(f"warning: {warning}", style="yellow", highlight=False)
     save(json_, p.to_json())
@@ -131,8 +134,10 @@ def run(model: Model, output: Annotated[str, typer.Option("--output", "-o", help
 def auto(model: Model, output: Annotated[str, typer.Option("--output", "-o", help="Folder of the artifact")],
          size_: Annotated[str | None, typer.Option("--size", help="Budget: bytes of the whole artifact, e.g. 4GB")] = None,
          bits: Annotated[float | None, typer.Option(help="Budget: bits per weight of the linears, scales included, e.g. 3.5")] = None,
+         latency: Annotated[str | None, typer.Option(help="Budget: time of a decoded token here, of the original's, e.g. 0.5x, or outright, 8ms")] = None,
+         omit: Annotated[bool | None, typer.Option("--omit/--no-omit", help="May blocks, sublayers and neurons go? Default: with --latency")] = None,
          calibration: Annotated[str, typer.Option("--calibration", "-c", help=f"SPEC: {', '.join(SPECS)}")] = "stdlib",
-         consumer: Annotated[str, typer.Option("--for", help=f"What is to load it: {', '.join(CONSUMERS)}")] = "ours",
+         consumer: Annotated[str, typer.Option("--for", autocompletion=names(lambda: CONSUMERS), help=f"What is to load it: {', '.join(CONSUMERS)}")] = "ours",
          menu: Annotated[str | None, typer.Option(help=f"Other choices: {', '.join(MENUS)}, or a YAML file with a list of steps")] = None,
          plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop before compressing: the plan, the recipe and the curve")] = False,
          samples: Samples = 128, seqlen: Seqlen = 512, seed: Seed = 0,
@@ -142,20 +147,28 @@ def auto(model: Model, output: Annotated[str, typer.Option("--output", "-o", hel
          device: Device = "auto", dtype: DType = "auto", strict: Annotated[bool, typer.Option("--strict", help="Fail on any fallback")] = False,
          overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another run left in the output folder")] = False,
          trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
-    """Spend a budget of bytes on the layers that need it: measures what each choice does to each layer, then runs the best mixture.
+    """Spend a budget of bytes or of time on the layers that need it: measures what each choice does to each layer, then runs the best mixture.
 
-    compress auto Qwen/Qwen3-0.6B --bits 3.5 -o out -c wikitext2      |      compress auto MODEL --size 4GB -o out --for vllm --plan-only
+    compress auto Qwen/Qwen3-0.6B --bits 3.5 -o out -c wikitext2
+    compress auto Qwen/Qwen3-0.6B --size 400MB -o out --for vllm --plan-only
+    compress auto Qwen/Qwen3-0.6B --latency 0.5x -o out -c wikitext2
     """
-    a = api.auto(model, calibration, output, size=size_, bits=bits, consumer=consumer, menu=menu, samples=samples, seqlen=seqlen, seed=seed,
-                 windows=windows, rounds=rounds, tries=tries, plan_only=plan_only, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
-                 trust_remote_code=trust_remote_code)  # fmt: skip
+    a = api.auto(model, calibration, output, size=size_, bits=bits, latency=latency, omit=omit, consumer=consumer, menu=menu, samples=samples,
+                 seqlen=seqlen, seed=seed, windows=windows, rounds=rounds, tries=tries, plan_only=plan_only, device=device, dtype=dtype, strict=strict,
+                 overwrite=overwrite, trust_remote_code=trust_remote_code)  # fmt: skip
     table = Table("group", "linears", "format", "bits", "bytes", "KL alone")
     for g in a.groups:
         table.add_row(g["name"], str(g["linears"]), g["format"], f"{g['bits']:.3f}", str(g["bytes"]), f"{g['damage']:.2e}")
     out.print(table)
-    out.print(f"{a.bits:.3f} bits a weight, {size(a.nbytes)} of {size(a.budget)} for the linears; KL on {windows} calibration windows: predicted "
+    for o in a.omitted:
+        part = "" if o["what"] == "absent" else f", {o['share']:.0%} of its neurons"
+        out.print(f"left out: {o['name']}{part}, KL alone {o['damage']:.2e}", highlight=False)
+    of = f" of {size(a.budget)}" if a.latency is None else f", {a.latency:.3f} of the original's time a token (asked {a.budget * a.latency / a.cost:.3f})"
+    out.print(f"{a.bits:.3f} bits a weight, {size(a.nbytes)} for the linears{of}; KL on {windows} calibration windows: predicted "
               f"{a.predicted:.5f}, measured {a.before:.5f}, after the search {a.kl:.5f} ({a.trials} trials)"
               + (f", of the artifact {a.artifact_kl:.5f}" if a.report else ""), highlight=False, soft_wrap=True)  # fmt: skip
+    if a.speed:
+        out.print("decoding, measured: {original:.1f} → {artifact:.1f} tokens a second".format(**a.speed), highlight=False)
     if a.report:
         out.print(str(a.report), highlight=False, soft_wrap=True)
         _fallbacks(a.report.fallbacks)
@@ -170,6 +183,7 @@ def diagnose(model: Model, calibration: Annotated[str, typer.Option("--calibrati
              device: Device = "auto", dtype: DType = "auto", trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Which layers are sensitive at 4, 3 and 2 bits, which have outliers, and what to try, with figures.
 
+    compress diagnose Qwen/Qwen3-0.6B
     compress diagnose Qwen/Qwen3-0.6B -c wikitext2 --json diagnosis.json
     """
     d = api.diagnose(model, calibration, samples=samples, seqlen=seqlen, seed=seed, windows=windows, device=device, dtype=dtype,
@@ -218,6 +232,7 @@ def heal(path: Annotated[str, typer.Argument(help="An artifact, or a checkpoint 
     """Train adapters or scales of a compressed model towards the original: quality back. Interrupted? Give the same command again.
 
     compress heal out --teacher Qwen/Qwen3-0.6B --data wikitext2 --steps 1000 -o healed
+    compress heal out --teacher Qwen/Qwen3-0.6B --data wikitext2 --train scales --set scale_lr=0.0005 -o healed
     """
     options = [f"steps={steps}", f"samples={samples}", f"seqlen={seqlen}", f"train={train}", *(set_ or [])]
     report = api.heal(path, teacher, data, output, options=options, cache=cache, seed=seed, pack=pack, chat_template=chat_template, device=device, dtype=dtype,
@@ -390,12 +405,13 @@ def inspect(path: Artifact, json_: Json = None) -> None:
     if not manifest.fallbacks:
         out.print("no fallbacks")
     try:
-        loads = api.loads_in(path)
-        out.print(f"loads in: {', '.join(to for to, reasons in loads.items() if not reasons)}", highlight=False, soft_wrap=True)
+        loads, floats = api.loads_in(path), api.held_as_floats(path)
+        told = (to + (f" ({floats[to]})" if floats[to] and to != "dense" else "") for to, reasons in loads.items() if not reasons)
+        out.print(f"loads in: {', '.join(told)}", highlight=False, markup=False, soft_wrap=True)
     except CompressError as error:  # a model of remote code: its layers can be listed all the same
-        loads = {}
+        loads, floats = {}, {}
         out.print(f"loads in: not known, {error}", style="yellow", highlight=False, soft_wrap=True)
-    save(json_, manifest.model_dump() | {"seconds": seconds, "loads_in": loads})
+    save(json_, manifest.model_dump() | {"seconds": seconds, "loads_in": loads, "as_floats": floats})
 
 
 @app.command()
@@ -419,7 +435,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, view or
 
 
 @app.command()
-def recipes(name: Annotated[str | None, typer.Argument(help="A recipe or its file, shown as it is; default: the list")] = None,
+def recipes(name: Annotated[str | None, typer.Argument(autocompletion=names(recipe.names), help="A recipe or its file, shown as is; default: all")] = None,
             json_: Json = None) -> None:  # fmt: skip
     """The recipes that come with the package: what each is for, bits a weight on disk, what it costs.
 
@@ -455,7 +471,7 @@ def verify(path: Artifact, trust_remote_code: Remote = False, json_: Json = None
 
 
 @app.command()
-def export(path: Artifact, to: Annotated[str, typer.Option(help=", ".join(EXPORTS))],
+def export(path: Artifact, to: Annotated[str, typer.Option(autocompletion=names(lambda: EXPORTS), help=", ".join(EXPORTS))],
            output: Annotated[str, typer.Option("--output", "-o", help="A new folder")],
            base_model: Annotated[str | None, typer.Option(help="The original's hub id, for the model card")] = None,
            evaluation: Annotated[str | None, typer.Option(help="What `eval --json` wrote, for the model card")] = None,
@@ -482,6 +498,7 @@ def extract(model: Model, output: Annotated[str, typer.Option("--output", "-o", 
     """Cut a narrower model out of one whose neurons were put in order (recipe step `nest`).
 
     compress extract out --width 0.5 -o half
+    compress extract out --width 0.75 -o three-quarters --dtype bfloat16
     """
     report = api.extract(model, output, width=width, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code)
     out.print(str(report), highlight=False, soft_wrap=True)
@@ -494,6 +511,7 @@ def decompress(path: Artifact, output: Annotated[str, typer.Option("--output", "
     """Multiply an artifact out into a plain model of the original's dtype, for any program that reads one: `export --to dense`.
 
     compress decompress out -o dense
+    compress decompress out -o dense --json decompressed.json
     """
     export(path, "dense", output, trust_remote_code=trust_remote_code, json_=json_)
 

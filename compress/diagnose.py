@@ -123,7 +123,7 @@ def diagnose(source: Checkpoint, tokens: Tensor, mask: Tensor | None, *, windows
     exact = Checkpoint(source.name, dtype=torch.float32, trust_remote_code=source.trust_remote_code)
     judge = Judge(exact, tokens[:windows], None if mask is None else mask[:windows], batch=batch, device=device, folder=folder)
     probe(groups, judge, folder / "kl.json", watch)
-    sizes = {g.name: sum(judge.originals[p].numel() for p in g.linears) for g in groups}
+    sizes = {g.name: sum(judge.originals[p][0].numel() for p in g.linears) for g in groups}
     rows = [{"name": g.name, "parameters": sizes[g.name], "damage": {c.step["bits"]: c.damage for c in g.choices if c.step}} for g in groups]
     total = {b: sum(r["damage"].get(b, math.nan) for r in rows) for b in (4, 3, 2)}
     return Diagnosis(source.name, tokens.numel(), [s for _, sites in looked for s in sites], [b for b, _ in looked], rows, total,

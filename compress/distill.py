@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .artifact import LayerRecord, Writer
 from .errors import CompressError
+from .eval.compare import divergence as kl_of
 from .experts import unfuse_experts
 from .formats import Format, IntGroup, build
 from .linear import get_weight, set_weight
@@ -104,8 +105,7 @@ def distill(options: Distill, model: nn.Module, blocks: str, formats: dict[str, 
         log_p = teacher(rows).float().log_softmax(-1)
         valid = None if mask is None else mask[rows].to(log_p.device)
         log_q = model(input_ids=tokens[rows].to(log_p.device), attention_mask=None if valid is None else valid.long(), use_cache=False).logits.float()
-        kl = (log_p.exp() * (log_p - log_q.log_softmax(-1))).sum(-1)
-        return kl.mean() if valid is None else kl[valid].mean()
+        return kl_of(log_p, log_q.log_softmax(-1), valid).mean()
 
     def judged() -> float:
         with torch.no_grad():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from .arch import LINEARS
 from .calibration import hidden
 from .checkpoint import Checkpoint
+from .eval.compare import divergence
 from .linear import set_weight
 from .stream import Stream
 
-Weights = Mapping[str, Tensor | None]  # path of a linear → [out, in], None for its original
+Weight: TypeAlias = Tensor | Literal[0] | None  # of a linear: [out, in], None for its original, 0 where it is to give nothing at all
+Weights = Mapping[str, Weight]  # path of a linear → what to put in its place
 
 
 class Judge:
@@ -44,24 +47,22 @@ class Judge:
         self.log_p = hidden.allocate((*tokens.shape, vocabulary), torch.float32, folder)
         for rows in self.rows:
             self.log_p[rows] = self.tail(stream.hidden[rows].to(device)).float().log_softmax(-1)
-        self.originals = {f"{source.block_name(i)}.{path}": m.weight for i, block in enumerate(self.blocks)
+        self.originals = {f"{source.block_name(i)}.{path}": (m.weight, m.bias) for i, block in enumerate(self.blocks)
                           for path, m in block.named_modules() if isinstance(m, LINEARS)}  # fmt: skip
         self.trials = 0
 
     @torch.no_grad()
     def __call__(self, weights: Weights) -> float:
-        now = {path: self._module(path).weight for path in weights}
+        now = {path: ((m := self._module(path)).weight, m.bias) for path in weights}
         self._set(weights)
         total, count = 0.0, 0
         for b, rows in enumerate(self.rows):
             for _, h in self._forward(b, self._first(weights)):  # noqa: B007
                 pass
             log_p = self.log_p[rows].to(self.device)
-            kl = (log_p.exp() * (log_p - self.tail(h).float().log_softmax(-1))).sum(-1)
-            kl = kl if self.mask is None else kl[self.mask[rows].to(self.device)]
+            kl = divergence(log_p, self.tail(h).float().log_softmax(-1), None if self.mask is None else self.mask[rows])
             total, count = total + float(kl.sum(dtype=torch.float64)), count + kl.numel()
-        for path, weight in now.items():
-            self._module(path).weight = weight
+        self._restore(now)
         self.trials += 1
         return total / count
 
@@ -74,12 +75,27 @@ class Judge:
                 if i < len(self.blocks):
                     self.states[i][rows] = h
 
+    def beside(self, stream: Stream) -> float:
+        """KL of another model on the same windows: `stream` has gone through all of its blocks."""
+        total, count = 0.0, 0
+        for rows, logits in zip(self.rows, stream.logits(), strict=True):
+            kl = divergence(self.log_p[rows].to(self.device), logits.to(self.device).float().log_softmax(-1), None if self.mask is None else self.mask[rows])
+            total, count = total + float(kl.sum(dtype=torch.float64)), count + kl.numel()
+        return total / count
+
     def _set(self, weights: Weights) -> None:
         for path, W in weights.items():
-            if W is None:
-                self._module(path).weight = self.originals[path]
-            else:
-                set_weight(self._module(path), W.to(self.device))
+            module = self._module(path)
+            module.weight, module.bias = self.originals[path]
+            if isinstance(W, Tensor):
+                set_weight(module, W.to(self.device))
+            elif W == 0:
+                module.weight, module.bias = (None if t is None else nn.Parameter(torch.zeros_like(t), requires_grad=False) for t in self.originals[path])
+
+    def _restore(self, before: Mapping[str, tuple[nn.Parameter, nn.Parameter | None]]) -> None:
+        for path, (weight, bias) in before.items():
+            module = self._module(path)
+            module.weight, module.bias = weight, bias
 
     def _block(self, path: str) -> int:
         return int(path.removeprefix(self.source.blocks_path + ".").partition(".")[0])

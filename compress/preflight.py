@@ -19,15 +19,16 @@ from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .experts import unfuse_experts
-from .export import can_export
+from .export import as_floats, can_export
 from .linear import get_weight
 from .methods import GPTQ, LNQ, TrellisCoding
 from .precision import mixed
 from .recipe import Recipe, Step, nearest
-from .walk import KEEP_LIMIT, STATS_LIMIT, bundles, pieces
+from .walk import KEEP_LIMIT, RELEASE, STATS_LIMIT, bundles, pieces
 
 OVERHEAD = 220 << 20  # bytes: importing compress, reading the configuration and the text (torch 2.13, transformers 5.23)
 WIDTHS = 3  # times the work of a layer that comparing widths takes, about: more of them than that, but plain
+EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
 SCHEDULE_WINDOWS = 32  # what outputs and layers count is an average over so many; only tokens that are weighed each need a gradient
 
 
@@ -56,10 +57,12 @@ class Plan:
     linear_bits: float  # bits per weight of the linears that are compressed
     model_bits: float  # bits per weight of the whole model
     peak_ram: int  # bytes above an interpreter that has imported torch and transformers
+    evaluation_ram: int  # bytes that `eval`, `compare` and `report` hold: both models in fp32 and two sets of logits; --stream holds a block of each
     disk: int  # bytes the artifact takes
     seconds: float  # estimate on this machine
     warnings: tuple[str, ...] = field(default=())
     consumers: dict[str, str] = field(default_factory=dict)  # `export --to` → "" where it will hold the result, else why not
+    as_floats: dict[str, str] = field(default_factory=dict)  # `export --to` → the layers that it holds multiplied out, "" for none
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -146,7 +149,8 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     parameters = source.parameters()
     linear_parameters = sum(r.shape[0] * r.shape[1] for r in compressed)
     block_bytes = max((source.nbytes(source.block_groups(i)) for i in range(source.num_blocks)), default=0)
-    block_bytes = block_bytes * source.dtype.itemsize // source.stored_dtype.itemsize
+    largest = block_bytes // source.stored_dtype.itemsize  # weights
+    block_bytes = largest * source.dtype.itemsize
     if source.edits or recipe.blocks:  # what they edit is kept in fp32 beside the block
         block_bytes += block_bytes * 4 // source.dtype.itemsize
     outer = source.nbytes(source.outer_groups())
@@ -154,15 +158,18 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     # the hidden states, and what attention keeps; the inputs of a block's last linear; with guidance the states behind every block
     states = (2 * (1 + twice) + (source.num_blocks + 1) * guided) * tokens * width * source.dtype.itemsize if n_max or twice else 0
     by_block = [[r for r in rows if r.method and r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
-    last = max((tokens * r.shape[1] * source.dtype.itemsize for b in by_block for r in b[-1:] if ".experts." not in r.name), default=0)
+    last = max((tokens * r.shape[1] * source.dtype.itemsize for i, b in enumerate(by_block) for r in b[-1:] if ".experts." not in r.name
+                and "." in r.name.removeprefix(source.block_name(i) + ".")), default=0)  # of a child that is finished: OPT's fc2 belongs to none
+    makers = max((sum(r.shape[0] >= n_max for r in b if ".experts." not in r.name) for b in by_block), default=0)  # two where the MLP has a gate
     states += (1 + twice) * last * (last <= KEEP_LIMIT)
     experts = max((sum(4 * r.shape[1] ** 2 for r in b if ".experts." in r.name) for b in by_block), default=0)
     if recipe.blocks:  # the Hessians of a whole block at once
         experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in b}) for b in by_block), default=0)
     moments = (1 + ("cross" in needs)) * 4 * n_max * n_max + min(STATS_LIMIT, experts)
     # a batch on its way through the widest part of the block, in the blocks' precision, and what is added to the moments, in fp32
-    passing = (1 + 0.9 * twice) * batch * seqlen * n_max * (4 * source.dtype.itemsize + 8)
-    working = moments + int(max(passing, passing / 2 + solve) if n_max else solve)  # half of what was passing has not been given back by then
+    passing = (1 + 0.9 * twice) * batch * seqlen * n_max * (2 * max(1, makers) * source.dtype.itemsize + 8)
+    working = moments + int(max(passing, passing / 2 + solve) if n_max else
+                            solve * (1 + (largest < RELEASE)))  # half of what was passing has not been given back by then, nor what a small block frees
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
     late = ["ranks follow from the energy, once calibration has seen it: bytes are those of the recipe's ratio until then"]
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
@@ -172,9 +179,16 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
                         "passed; consumers are judged by them too, schedule.bits=0 keeps them everywhere")  # fmt: skip
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 8 * after / parameters, 8 * after / parameters,
-                OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states), after + (8 << 20),
+                OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states),
+                held(parameters, source.parameters(), after, source.model.get_input_embeddings().num_embeddings), after + (8 << 20),
                 _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings),
-                {to: "; ".join(why) for to, why in can_export(formats, source.config, source.model).items()} if timed else {})  # fmt: skip
+                {to: "; ".join(why) for to, why in can_export(formats, source.config, source.model).items()} if timed else {},
+                as_floats(formats, source.config, source.model) if timed else {})  # fmt: skip
+
+
+def held(compressed: int, original: int, nbytes: int, vocabulary: int, itemsize: int = 4) -> int:
+    """Bytes of evaluating a model of so many parameters, stored in `nbytes`, beside its original (0 parameters: alone), about."""
+    return OVERHEAD + (compressed + original) * itemsize + nbytes + (2 + 2 * (original > 0)) * EVAL_TOKENS * vocabulary * 4
 
 
 def unmatched(recipe: Recipe, rows: list[PlannedLayer] | tuple[PlannedLayer, ...]) -> list[str]:

@@ -96,8 +96,8 @@ def scheduled(recipe: Recipe, source: Checkpoint, stream: Stream, guidance: list
                 parts = [get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight")) for path in paths]
                 gradient = [guidance[i][path].outputs.to(parts[0])[:, None] for path in paths] if guidance and recipe.schedule.by == "gradient" else None
                 if mixed(step):
-                    a = gradient or [1 / _energy(W, stats[site.name].hessian) for W in parts]
-                    ladders.append(ladder(names, step, recipe.schedule.bits, parts, stored, stats[site.name], a))
+                    counts = gradient or [1 / _energy(W, stats[site.name].hessian) for W in parts]
+                    ladders.append(ladder(names, step, recipe.schedule.bits, parts, stored, stats[site.name], counts))
                 else:
                     a = torch.cat(gradient) if gradient else None
                     layers.append(_layer(recipe.schedule, names, step, stored, torch.cat(parts), stats[site.name], a))

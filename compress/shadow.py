@@ -21,15 +21,17 @@ def masked(weight: Format) -> bool:
     return isinstance(weight, (Masked, Sparse24)) and isinstance(weight.values, Dense)
 
 
-def parts(weight: Product | Sum) -> tuple[Format, ...]:
-    return weight.factors if isinstance(weight, Product) else weight.terms
+def parts(weight: Format) -> tuple[Format, ...]:
+    return weight.factors if isinstance(weight, Product) else weight.terms if isinstance(weight, Sum) else ()
 
 
 def cast(weight: Format) -> Format:
     """`weight` with every masked part written out, zeros included: the shadow begins as the weight itself."""
     if isinstance(weight, (Product, Sum)):
         return type(weight)(tuple(map(cast, parts(weight))))
-    return Dense(weight.dequantize(weight.values.weight.dtype)) if isinstance(weight, (Masked, Sparse24)) and masked(weight) else weight
+    if isinstance(weight, (Masked, Sparse24)) and isinstance(weight.values, Dense):
+        return Dense(weight.dequantize(weight.values.weight.dtype))
+    return weight
 
 
 def kept(S: Tensor, like: Masked | Sparse24) -> Tensor:
@@ -44,7 +46,7 @@ def thin(shadow: Format, like: Format) -> Format:
     """The shadow with zeros where the mask would be; gradients reach all of it."""
     if isinstance(like, (Product, Sum)):
         return type(like)(tuple(map(thin, parts(shadow), parts(like))))
-    if isinstance(like, (Masked, Sparse24)) and masked(like):
+    if isinstance(like, (Masked, Sparse24)) and isinstance(shadow, Dense):
         S = shadow.weight
         return Dense(S + (S * kept(S.detach(), like) - S).detach())
     return shadow
@@ -54,7 +56,7 @@ def stored(shadow: Format, like: Format) -> Format:
     """The inverse of `cast`: masks chosen for the last time."""
     if isinstance(like, (Product, Sum)):
         return type(like)(tuple(map(stored, parts(shadow), parts(like))))
-    if isinstance(like, (Masked, Sparse24)) and masked(like):
+    if isinstance(like, (Masked, Sparse24)) and isinstance(shadow, Dense):
         S = shadow.weight
         keep = kept(S, like)
         values = Dense(S[keep].view(like.values.shape))

@@ -7,6 +7,7 @@ once more to turn hidden states into logits. Between the two, only one block is 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from .calibration import hidden
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
+
+RELEASE = 1 << 20  # bytes of a batch of hidden states from which on freed memory is given back between the batches of routed experts
 
 
 class Reached(Exception):
@@ -92,6 +95,12 @@ class Stream:
     def batches(self) -> Iterator[slice]:
         for start in range(0, len(self.tokens), self.batch):
             yield slice(start, start + self.batch)
+
+    def fork(self) -> Stream:
+        """The same windows in the same place, for another version of the block: nothing is shared that a pass writes. Good until either advances."""
+        other = copy.copy(self)
+        other._frozen, other._inputs = {}, Kept()
+        return other
 
     def nbytes(self, width: int) -> int:
         """Bytes of a tensor [windows, seqlen, width] in the dtype that blocks compute in."""
@@ -219,6 +228,7 @@ class Stream:
         stats: dict[str, Stats] = {}
         self._inputs = Kept()
         reader = None
+        routed = any(".experts." in f".{path}" for path in sites.values()) and self.hidden[: self.batch].nbytes > RELEASE
         if original is not None:
             original[0]._inputs = Kept()
             if len(sites) == 1:
@@ -247,6 +257,8 @@ class Stream:
                     site.add(*(t if t is None or valid is None else t[valid] for t in pieces))
 
             self._visit(block, sites, reader, i, rows, keep, add)
+            if routed:  # as many tokens as each expert got: no two pieces have the same size, and glibc finds no use for the holes that they leave
+                hidden.release()
         return {name: s.finish() for name, s in stats.items()}
 
     def _visit(self, block: nn.Module, sites: dict[str, str], reader: str | None, i: int, rows: slice, keep: bool,

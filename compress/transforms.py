@@ -45,13 +45,12 @@ def choose(source: Checkpoint, recipe: Recipe, data: CalibrationSet, *, batch: i
 @torch.no_grad()
 def _error(source: Checkpoint, recipe: Recipe, enter: Callable[[Checkpoint], Stream]) -> float:
     stream, total = enter(source), 0.0
-    original = enter(source)
     for i in range(source.num_blocks // 2 + 1):
         block, name = source.load_block(i, stream.device), source.block_name(i)
         if i in (0, source.num_blocks // 2):
             sites = sites_of(source, block, stream)
             plan = {path: (step.method, step.build()) for site in sites for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
-            twin = _twin(block)
+            twin, original = _twin(block), stream.fork()
             _prepare(recipe, block, sites, {path: method for path, (_, method) in plan.items()}, stream)
             for _ in _compress_block(source, recipe, block, name, sites, plan, stream, (original, _twin(block)), {}, []):
                 pass
@@ -64,6 +63,5 @@ def _error(source: Checkpoint, recipe: Recipe, enter: Callable[[Checkpoint], Str
                 size += float(wanted.square().sum(dtype=torch.float64))
             total += off / size
             block = twin
-        for s in (stream, original):
-            s.advance(block)
+        stream.advance(block)
     return total

@@ -22,6 +22,7 @@ from torch import nn
 from .artifact import INDEX, MANIFEST, PROBE, Manifest, differences, file_sha256, fingerprint, head_sha256, read_manifest, sha256
 from .checkpoint import Checkpoint, Group, read_headers
 from .errors import CompressError
+from .eval.compare import divergence
 from .formats import build
 from .hf import prepare
 from .linear import CompressedLinear
@@ -180,8 +181,7 @@ def _probe(folder: Path, manifest: Manifest, result: Verification, trust_remote_
     for i in range(source.num_blocks):
         stream.advance(source.load_block(i))
     logits = next(stream.logits())[:, -expected.shape[1] :].double()
-    p, q = expected.log_softmax(-1), logits.log_softmax(-1)
-    result.kl = float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
+    result.kl = float(divergence(expected.log_softmax(-1), logits.log_softmax(-1)).mean().clamp(min=0))
     if not result.kl <= (limit := KL_LIMIT[manifest.run["dtype"]]):
         result.problems.append(f"the model on disk does not give the logits of the model in memory: KL {result.kl:.3g} nats a token, allowed {limit:g}")
 

@@ -303,6 +303,6 @@ def copy_outer(source: Checkpoint, writer: Writer, headers: dict[str, dict]) -> 
                 read = source.read(groups[name]) if name in groups else {name: source.read_stored(name)}
                 tensors |= {n: t.to(source.stored(groups[name])) for n, t in read.items()} if name in groups else read
             kept = [{"what": "kept as it is", "where": name, "count": 1, "detail": "the model class does not know this tensor"}
-                    for name in names if name not in groups]  # fmt: skip
+                    for name in names if name not in groups and not source.ignorable(name)]  # fmt: skip
             header = writer.commit(shard, tensors, {}, kept)
         headers[shard] = header

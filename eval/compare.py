@@ -23,6 +23,12 @@ from compress.errors import CompressError
 SLICE = 2**22       # logits in one fp32 working copy: 16 MiB, 27 positions of a vocabulary of 152k; more is slower
 
 
+def divergence(log_p: Tensor, log_q: Tensor, valid: Tensor | None = None) -> Tensor:
+    """KL(p || q) in nats of every token [...] from log-probabilities [..., vocab]; of those where `valid` is true alone."""
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return kl if valid is None else kl[valid.to(kl.device)]
+
+
 def compare(compressed: Iterable[Tensor], reference: Iterable[Tensor] | None, data: CalibrationSet) -> dict:
     """Figures of `compressed` beside `reference`, both logits [b, seqlen, vocab] of successive rows of data.tokens:
 
@@ -83,7 +89,7 @@ def _window(ours: Tensor, theirs: Tensor | None, tokens: Tensor, mask: Tensor | 
             log_p = _log_softmax(theirs, t, "reference", row).to(ours.device)
             totals[2] -= log_p.gather(1, targets).double().sum().item()
             totals[4] += (log_q.argmax(1) == log_p.argmax(1)).sum().item()
-            totals[3] += log_p.exp().mul_(log_p.sub_(log_q)).sum(1).double().sum().item()
+            totals[3] += divergence(log_p, log_q).double().sum().item()
     return totals
 
 

@@ -9,15 +9,19 @@ import yaml
 from tiny import save_tiny, tiny_model
 
 import compress
-from compress import allocate, preflight, recipe
+from compress import allocate, latency, omit, preflight, recipe
 from compress.calibration.data import CalibrationSet
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
+from compress.eval import speed
 from compress.eval.compare import compare, logits_of
 from compress.eval.outliers import Outliers
 from compress.export import EXPORTS
 from compress.judge import Judge
+from compress.omit import Node, Omit, Option
 from compress.stream import Stream
+from compress.structure.smaller import numbers
+from compress.structure.width import Width
 
 WATCH = lambda todo, what: iter(todo)
 MENU = [{"method": "gptq", "bits": b, "group_size": 32} for b in (2, 3, 4)]
@@ -57,7 +61,7 @@ def test_the_knapsack_is_brute_force_on_three_layers_at_every_budget(seed):
     for budget in range(sum(map(min, nbytes)), sum(map(max, nbytes)) + 1):
         at = front.within(budget)
         picks = front.picks[at].tolist()
-        assert sum(b[k] for b, k in zip(nbytes, picks, strict=True)) == int(front.nbytes[at]) <= budget
+        assert sum(b[k] for b, k in zip(nbytes, picks, strict=True)) == int(front.cost[at]) <= budget
         assert sum(d[k] for d, k in zip(damage, picks, strict=True)) == pytest.approx(float(front.damage[at]))
         assert float(front.damage[at]) == pytest.approx(brute_force(nbytes, damage, budget))
     with pytest.raises(CompressError, match="smallest allocation"):
@@ -71,10 +75,10 @@ def test_a_thinned_front_stays_within_every_budget_and_near_the_exact_one(monkey
     exact = allocate.knapsack(nbytes, damage)
     monkeypatch.setattr("compress.knapsack.SUMS", 200)
     thin = allocate.knapsack(nbytes, damage)
-    assert len(thin.nbytes) <= 200 < len(exact.nbytes)
-    for budget in range(int(exact.nbytes[0]), int(exact.nbytes[-1]), 20000):
+    assert len(thin.cost) <= 200 < len(exact.cost)
+    for budget in range(int(exact.cost[0]), int(exact.cost[-1]), 20000):
         a, b = thin.within(budget), exact.within(budget)
-        assert int(thin.nbytes[a]) == sum(x[k] for x, k in zip(nbytes, thin.picks[a].tolist(), strict=True)) <= budget
+        assert int(thin.cost[a]) == sum(x[k] for x, k in zip(nbytes, thin.picks[a].tolist(), strict=True)) <= budget
         assert float(exact.damage[b]) <= float(thin.damage[a]) <= 1.05 * float(exact.damage[b])
 
 
@@ -203,7 +207,8 @@ def test_what_a_consumer_is_to_load_it_loads(consumer, llama, text, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "told"), [
-    ({}, "give a budget"), ({"bits": 3, "size": "1GB"}, "one of the two"), ({"bits": 1.5}, r"smallest choices take 2\.\d+ bits"),
+    ({}, "give a budget"), ({"bits": 3, "size": "1GB"}, "one of the three"), ({"latency": "fast"}, "give a share"),
+    ({"bits": 1.5}, r"smallest choices take 2\.\d+ bits"),
     ({"size": "many"}, "give bytes like 4GB"), ({"bits": 3, "consumer": "vlm"}, "did you mean vllm"), ({"bits": 3, "menu": "mlorg"}, "neither one of"),
     ({"bits": 3, "menu": [{"bits": 4}]}, "a menu is a list"), ({"bits": 3, "menu": [{"method": "gptq", "bitz": 4}]}, "did you mean bits"),
     ({"bits": 17}, "nothing to compress")])  # fmt: skip
@@ -215,6 +220,105 @@ def test_what_is_wrong_is_told(options, told, llama, text, tmp_path):
 
 def test_sizes_are_read():
     assert [allocate.parse_size(s) for s in ("4GB", "1.5 MiB", "700m", 12, "3K")] == [4 * 10**9, 1572864, 7 * 10**8, 12, 3000]
+
+
+# ---- what may be left out
+
+
+def test_the_tree_is_brute_force_on_three_blocks_at_every_budget():
+    g = torch.Generator().manual_seed(0)
+    number = lambda n: torch.randint(1, 30, (n,), generator=g).tolist()
+    groups, blocks, plans = [], [], []  # plans: of every block all (cost, damage)
+    for i in range(3):
+        children, parts = [], []
+        for kind in ("attention", "mlp"):
+            damages = (torch.rand(2, generator=g) * 0.1).tolist()
+            groups.append(allocate.Group(f"{i}.{kind}", (), [allocate.Choice({}, "", 1, 0.0, {}, 0, d) for d in damages], None))
+            options = [Option("whole", [[(c, 0) for c in number(2)]], *number(1))]
+            options += [Option("narrow", [[(c // 2 + 1, 0) for c, _ in options[0].costs[0]]], *number(1), damage=0.05)] * (kind == "mlp")
+            options.append(Option("absent", None, damage=float(torch.rand(1, generator=g)) * 0.3))
+            children.append(Node(f"{i}.{kind}", kind, [len(groups) - 1], options, [f"{i}.{kind}.writer"]))
+            parts.append([(o.base + c, o.damage + d) for o in options for (c, _), d in (zip(o.costs[0], damages, strict=True) if o.costs else [((0, 0), 0.0)])])
+        whole, absent = Option("whole", [], *number(1)), Option("absent", None, damage=0.4)
+        blocks.append(Node(f"{i}", "block", [], [whole, absent], [], children))
+        plans.append([(0, 0.4)] + [(whole.base + a + b, x + y) for (a, x), (b, y) in itertools.product(*parts)])
+    tree = Omit(blocks, 8)
+    front = tree.front(groups)
+    every = [(sum(c for c, _ in p), sum(d for _, d in p)) for p in itertools.product(*plans)]
+    assert len(every) == (1 + 3 * 5) ** 3
+    every = every[1:]  # the first has no block left
+    for budget in range(min(c for c, _ in every), max(c for c, _ in every) + 1, 3):
+        at = front.within(budget)
+        found = tree.solution(groups, front.picks[at].tolist())
+        assert float(front.damage[at]) == pytest.approx(min(d for c, d in every if c <= budget))
+        assert found.cost() == int(front.cost[at]) <= budget
+        assert found.damage + sum(x.choices[k].damage for x, k in zip(found.groups, found.picks, strict=True)) == pytest.approx(float(front.damage[at]))
+        for node in found.taken:
+            other = tree.front(groups, frozenset([node]))
+            assert node not in tree.solution(groups, other.picks[-1].tolist()).taken
+
+
+def test_an_mlp_is_cut_as_the_recipes_step_cuts_it_and_solved_by_least_squares(llama, tokens, tmp_path):
+    source = Checkpoint(llama, dtype=torch.float32)
+    enter = lambda model, windows: Stream(model, tokens)
+    plan = Width(mlp=0.25, by="activation", across="layer", multiple=8).measure(source, enter)
+    stream, path = Stream(source, tokens), "mlp.down_proj"
+    block = source.load_block(0)
+    seen = []
+    block.get_submodule(path).register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().flatten(0, 1)))
+    H, W = stream.collect(block, {"": path})[""].hessian, block.get_submodule(path).weight
+    keep = omit.kept(W, H, 0.25, 8)
+    assert keep.tolist() == numbers(plan["mlp"]["0"]) and len(keep) == 96
+    found, X = omit.refitted(W, H, keep), torch.cat(seen).double()
+    best = torch.linalg.lstsq(X[:, keep], X @ W.double().T).solution.T
+    off = lambda V: float((X[:, keep] @ V.T - X @ W.double().T).square().sum())
+    assert off(best) <= off(found["weight"][:, keep].double()) < 1.05 * off(best) < 0.9 * off(W[:, keep].double())
+    gone = [j for j in range(128) if j not in keep.tolist()]
+    assert not found["weight"][:, gone].any() and torch.allclose(found["move"][:, keep], found["weight"][:, keep] - W[:, keep], atol=1e-6)
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """A machine on which everything takes as long as it has weights; nothing else is timed."""
+    def race(runs, device, seconds=0.0):
+        return {name: run.args[1].nbytes() / 100 if len(run.args) > 2 else 1000.0 if name else 2000.0 for name, run in runs.items()}
+
+    monkeypatch.setattr("compress.kernels.tune.race", race)
+    monkeypatch.setattr(speed, "measure", lambda path, device: {"decode_tokens_per_second": 1.0})
+
+
+def test_a_budget_of_time_leaves_out_what_is_least_missed(steady, llama, text, tmp_path):
+    a = compress.auto(llama, text, tmp_path / "out", latency="0.6x", menu=MENU, dtype="float32", tries=2, show=False)
+    assert a.latency <= 0.6 and a.cost <= a.budget and a.omitted and a.kl <= a.before + 1e-9 and 0 < a.artifact_kl < 3 * a.kl + 1
+    assert compress.verify(str(tmp_path / "out")).ok and a.speed == {"original": 1.0, "artifact": 1.0}
+    assert a.recipe.structure[-1] == "refit" and recipe.load(str(tmp_path / "out.recipe.yaml")).identity() == a.recipe.identity()
+    left = {name for name, step in a.layers.items() if step}
+    assert len(a.report.manifest.layers) == len(left) and {g["name"] for g in a.groups if g["format"] == "left out"}.isdisjoint(left)
+    whole = compress.auto(llama, text, tmp_path / "whole", latency="0.9x", omit=False, menu=MENU, dtype="float32", tries=2, plan_only=True, show=False)
+    assert not whole.omitted and whole.latency <= 0.9 and not whole.recipe.structure
+    with pytest.raises(CompressError, match="the fastest choices take"):
+        compress.auto(llama, text, tmp_path / "no", latency="0.01x", omit=False, menu=MENU, dtype="float32", plan_only=True, show=False)
+
+
+def test_for_another_program_only_whole_blocks_go(steady, llama, text, tmp_path):
+    menu = [{"method": "gptq", "bits": 4, "group_size": 32, "sym": True}]
+    a = compress.auto(llama, text, tmp_path / "out", latency="0.6x", consumer="vllm", menu=menu, dtype="float32", tries=0, show=False)
+    assert [(o["what"], o["kind"]) for o in a.omitted] == [("absent", "block")]
+    assert not compress.loads_in(str(tmp_path / "out"))["compressed-tensors"] and compress.load(str(tmp_path / "out")).config.num_hidden_layers == 1
+
+
+def test_a_latency_is_read():
+    assert [latency.parse_latency(t) for t in ("0.5x", 0.25, "8ms")] == [(0.5, True), (0.25, True), (8.0, False)]
+    for bad in ("2x", "fast", "-1ms", ""):
+        with pytest.raises(CompressError, match="give a share"):
+            latency.parse_latency(bad)
+
+
+def test_what_was_timed_is_not_timed_again(tmp_path, monkeypatch):
+    clock = latency.Clock(tmp_path / "ns.json", torch.bfloat16, "cpu")
+    first = clock.dense((64, 96))
+    monkeypatch.setattr("compress.kernels.tune.race", None)
+    assert first > 0 and latency.Clock(tmp_path / "ns.json", torch.bfloat16, "cpu").dense((64, 96)) == first
 
 
 # ---- plan: consumers

@@ -117,7 +117,8 @@ def test_eval_with_speed(work, tmp_path):
 def test_inspect(work, tmp_path, capsys):
     assert main("inspect", work.done, "--json", tmp_path / "i.json") == 0
     shown, manifest = json.loads((tmp_path / "i.json").read_text()), json.loads((work.done / MANIFEST).read_text())
-    seconds, loads = shown.pop("seconds"), shown.pop("loads_in")
+    seconds, loads, floats = shown.pop("seconds"), shown.pop("loads_in"), shown.pop("as_floats")
+    assert floats["awq"] == "" and "gptq" not in floats
     assert loads["awq"] == [] and "zero points: version 1 stores z − 1" in loads["gptq"][0]
     assert shown == manifest and set(seconds) == set(manifest["layers"]) and "no fallbacks" in capsys.readouterr().out
 

@@ -1,11 +1,12 @@
 """Run: pytest tests/test_preflight.py. The plan: every linear, its exact bytes before a weight is read, and what is refused."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import TINY, save_tiny, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -159,6 +160,26 @@ def test_every_architecture_is_judged(name, checkpoint):
     consumers = compress.plan(checkpoint(name), "w4-rtn", settings=RTN32 | {"rtn.sym": True}).consumers
     assert consumers["dense"] == "" and set(consumers) == set(EXPORTS)
     assert (consumers["compressed-tensors"] == "") == (name != "gpt2")
+
+
+def test_layers_that_a_consumer_gets_as_floats_are_told(checkpoint, capsys):
+    p = compress.plan(checkpoint("llama"), "w4-nf4", settings={"nf.group_size": 32})
+    assert p.consumers["gguf"] == "" and p.as_floats["gguf"].startswith("14 of 14 layers as bfloat16, model.layers.0.") and p.as_floats["dense"]
+    held = compress.plan(checkpoint("llama"), "w4-rtn", settings=RTN32 | {"rtn.sym": True})
+    assert held.as_floats["gguf"] == held.as_floats["awq"] == "" and p.as_floats.keys().isdisjoint({"awq", "gptq"})
+    from test_cli import main
+
+    assert main("plan", checkpoint("llama"), "-r", "w4-nf4", "--set", "nf.group_size=32") == 0
+    assert "gguf: loads it, but 14 of 14 layers as bfloat16" in capsys.readouterr().out
+
+
+def test_tensors_that_the_model_makes_itself_are_no_fallback(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("llama"), tmp_path / "old")
+    tensors = load_file(tmp_path / "old" / "model.safetensors")
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, tmp_path / "old" / "model.safetensors", metadata={"format": "pt"})
+    report = compress.run(str(tmp_path / "old"), "w4-rtn", output=tmp_path / "out", settings=RTN32, strict=True, show=False)
+    assert not report.fallbacks and "inv_freq" not in " ".join(report.manifest.tensors) and compress.verify(str(tmp_path / "out")).ok
+    assert compress.plan(str(tmp_path / "old"), "w4-rtn", settings=RTN32).bytes_after == report.manifest.totals["bytes"]
 
 
 def test_the_viterbi_search_and_a_probe_count(checkpoint):

@@ -81,6 +81,13 @@ def can_export(layers: Mapping[str, Format], config: PreTrainedConfig, model: nn
     return found
 
 
+def as_floats(layers: Mapping[str, Format], config: PreTrainedConfig, model: nn.Module | None = None) -> dict[str, str]:
+    """Consumer → which layers it would get multiplied out, in words, "" for none; of those alone that `can_export` has no objection against."""
+    described = Layers(layers, config, model)
+    out = {to: EXPORTS[to].widened(described) for to, why in can_export(layers, config, model).items() if not why}
+    return {to: f"{len(names)} of {len(layers)} layers as {str(described.model_dtype)[6:]}, {names[0]} first" if names else "" for to, names in out.items()}
+
+
 def write(folder: Path, to: str, output: Path, *, base_model: str | None = None, evaluation: dict | None = None,
           push_to_hub: str | None = None, trust_remote_code: bool = False) -> Exported:  # fmt: skip
     """Export the artifact in `folder`. Raises CompressError naming every refused layer before `output` is touched."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..arch import table_entry
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
+from ..eval.compare import divergence
 from ..skeleton import KEY
 from ..stream import Stream
 from .smaller import Smaller, blocks_of
@@ -231,6 +232,5 @@ def divergences(stream: Stream, tail, whole: Tensor, states: dict[Any, Tensor]) 
         valid = None if stream.mask is None else stream.mask[rows].flatten().to(p.device)
         tokens += len(p) if valid is None else int(valid.sum())
         for key, h in states.items():
-            kl = (p.exp() * (p - log_p(h, rows))).sum(-1)
-            total[key] += float((kl if valid is None else kl[valid]).sum(dtype=torch.float64))
+            total[key] += float(divergence(p, log_p(h, rows), valid).sum(dtype=torch.float64))
     return {key: t / tokens for key, t in total.items()}
