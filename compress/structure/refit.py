@@ -74,7 +74,7 @@ class Refit:
         for name in (n for n in plan["tensors"] if n not in names):  # a bias that the class does not have
             i, _, local = name.removeprefix(prefix).partition(".")
             blocks[int(i)].setdefault("bias", []).append(local.removesuffix(".bias"))
-        edits: dict[str, Edit] = {name: partial(_instead, scratch, file, name) for name, file in plan["tensors"].items()}
+        edits: dict[str, Edit] = {name: partial(instead, scratch, file, name) for name, file in plan["tensors"].items()}
         return Smaller(source, changes={KEY: blocks} if any("bias" in b for b in blocks) else {}, edits=edits)
 
     def _block(self, source: Smaller, block: nn.Module, small: Stream, whole: Stream, until: int) -> dict[str, Tensor]:
@@ -135,7 +135,8 @@ class Refit:
         return made
 
 
-def _instead(scratch, file: str, name: str, t: Tensor) -> Tensor:
+def instead(scratch, file: str, name: str, t: Tensor) -> Tensor:
+    """An edit: the tensor that lies in the scratch, in the place of t."""
     return scratch.read(file, name)
 
 
