@@ -21,7 +21,7 @@ class Heal:
     alpha: float = 32.0  # an adapter counts alpha / rank
     merge: bool = True  # adapters become part of weights that can take them; False: each stays a term of its own
     lr: float = 1e-3  # Adam's step for adapters, at its peak
-    weight_lr: float = 3e-3  # the same for whole weights, as a share of their root mean square, and for integer codes, in steps of their grid
+    weight_lr: float = 1e-3  # the same for whole weights, as a share of their root mean square, and for integer codes, in steps of their grid
     scale_lr: float = 1e-3  # the same for norm weights and the logarithm of scales
     warmup: int = 20  # steps until the peak, then a cosine down to 0
     batch: int = 8  # windows of an optimizer step, all processes together
