@@ -1,5 +1,8 @@
 """pytest tests/test_importance.py — scores of units against autograd and brute force; budgets; neurons of experts; adapters that prune; fused blocks."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from test_structure import TOKENS, close, generates_alike, logits, run, without_block
@@ -10,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import compress
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
+from compress.eval.bench.structure import ROWS
 from compress.formats import Dense
 from compress.healing.adapters import Frozen, LowRank, Merged
 from compress.stream import Stream
@@ -19,6 +23,8 @@ from compress.structure.importance import scores
 from compress.structure.loraprune import LoRAPrune
 from compress.structure.smaller import numbers
 from compress.structure.width import Width
+
+YARDSTICK = Path(os.environ.get("COMPRESS_YARDSTICK") or Path(__file__).parents[2] / "shared" / "yardstick")
 
 
 def enter(model, windows):
@@ -91,6 +97,7 @@ def test_a_budget_is_met_and_spent(name, cost, tmp_path):
             assert any(len(numbers(kept)) < 128 for kept in plan["mlp"].values()) or any(len(numbers(kept)) < 4 for kept in plan["heads"].values())
             continue
         smaller = width.apply(source, plan)
+        assert across == "model" or name == "gpt2" or not getattr(smaller.config, "compress_blocks", None)  # as many in every layer: plain
         each = [(units(source, i, cost), units(smaller, i, cost)) for i in range(2)]
         for pairs in [[each]] if across == "model" else [[[pair]] for pair in each]:
             before, after = (sum(pair[k][""] for pair in pairs[0]) for k in (0, 1))
@@ -116,6 +123,23 @@ def test_a_programme_counts_flops_and_bytes(tmp_path):
     seconds = sublayers(source, 1, "latency", enter(source, 4))
     assert seconds["mlp"] > max(seconds["self_attn"], 0.2 * sum(seconds.values()))  # a sublayer that is left out is not computed
     assert kept["parameters"] == pytest.approx(kept["bytes"]) and 0 < kept["flops"] <= 0.7
+
+
+# ---- what the choices are worth
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not YARDSTICK.is_dir(), reason=f"no yardstick at {YARDSTICK}")
+def test_a_fifth_of_the_neurons_of_the_yardstick(tmp_path):
+    """Whatever chooses, least squares beats FLAP's constants; a small edition of the table of docs/structure.md."""
+    kl = {}
+    for name in ("flap-bias", "flap", "magnitude", "activation", "taylor", "trajectory", "loraprune"):
+        compress.run(str(YARDSTICK / "llama-16m"), {"name": "row", "structure": ROWS[name]}, f"file:{YARDSTICK / 'wikitext2-valid.txt'}", tmp_path / name,
+                     samples=16, show=False, device="cpu")  # fmt: skip
+        e = compress.evaluate(str(tmp_path / name), str(YARDSTICK / "llama-16m"), f"file:{YARDSTICK / 'wikitext2-test.txt'}", samples=12, show=False)
+        kl[name] = e["kl"]["mean"]
+        print(name, e["perplexity"]["token"], e["kl"], e["top1"]["agreement"], flush=True)
+    assert kl["flap"] <= 0.6 * kl["flap-bias"] and max(v for k, v in kl.items() if k != "flap-bias") < kl["flap-bias"], kl
 
 
 # ---- experts

@@ -142,18 +142,24 @@ class Width:
         """Neurons and key-value groups that stay, of all layers or of each, whose costs leave `budget` of what the blocks cost."""
         cost = {i: units(source, i, self.cost, stream) for i in range(source.num_blocks)}
         candidates: dict[Any, Tensor] = {(i, kind): s for kind, found in (("mlp", mlp), ("heads", groups)) for i, s in found.items()}
-        price = {(i, kind): cost[i][kind] for i, kind in candidates}
-        stay: dict[Any, list[int]] = {}
-        for layers in [[i] for i in cost] if self.across == "layer" else [list(cost)]:
-            here = {key: s for key, s in candidates.items() if key[0] in layers}
-            open_ = sum(price[key] * len(s) for key, s in here.items())
-            allowed = open_ - self.budget * sum(cost[i][""] for i in layers)
-            steps = {key: self.multiple if key[1] == "mlp" else 1 for key in here}
-            if here and allowed < (least := sum(price[key] * steps[key] for key in here)):
-                whole = sum(cost[i][""] for i in layers)
-                raise CompressError(f"{source.name}: width.budget = {self.budget} of the {self.cost} of blocks {layers[0]} … {layers[-1]}: at most "
-                                    f"{(open_ - least) / whole:.2f} can be cut")  # fmt: skip
-            stay |= _best(here, price, steps, allowed)
+        price, steps = {key: cost[key[0]][key[1]] for key in candidates}, {key: self.multiple if key[1] == "mlp" else 1 for key in candidates}
+        open_, whole = sum(price[key] * len(s) for key, s in candidates.items()), sum(c[""] for c in cost.values())
+        allowed = open_ - self.budget * whole
+        if allowed < (least := sum(price[key] * step for key, step in steps.items())):
+            raise CompressError(f"{source.name}: width.budget = {self.budget} of the {self.cost}: at most {(open_ - least) / whole:.2f} can be cut")
+        if self.across == "layer":  # as many of each kind in every layer: what the mean layer would keep
+            layers = len({i for i, _ in candidates})
+            ranked: dict[Any, list[Tensor]] = {}
+            for (_, kind), s in candidates.items():
+                ranked.setdefault(kind, []).append(_standard(s).sort(descending=True).values)
+            if odd := [kind for kind, found in ranked.items() if len({len(s) for s in found}) > 1]:
+                raise CompressError(f"{source.name}: width.across = layer: its layers differ in {odd[0]}; use across: model")
+            mean = {kind: torch.stack(found).mean(0) for kind, found in ranked.items()}
+            paid = {kind: sum(p for (_, k), p in price.items() if k == kind) / layers for kind in mean}
+            kept = _best(mean, paid, {kind: self.multiple if kind == "mlp" else 1 for kind in mean}, allowed / layers)
+            stay = {key: _first(s, len(kept[key[1]])) for key, s in candidates.items()}
+        else:
+            stay = _best(candidates, price, steps, allowed)
         return {i: stay[i, "mlp"] for i in mlp}, {i: stay[i, "heads"] for i in groups}
 
     def _check(self, source: Checkpoint) -> None:
@@ -177,10 +183,9 @@ def _best(units: dict[Any, Tensor], price: dict[Any, float], steps: dict[Any, in
 
     The best of a kind are taken together, a step at a time, in the order of their mean score.
     """
-    z = {key: (s - s.mean()) / s.std().clamp(min=1e-30) if len(s) > 1 else s * 0 for key, s in units.items()}
     chunks = []
-    for k, (key, s) in enumerate(z.items()):
-        ranked = s.sort(descending=True, stable=True).values[: len(s) // steps[key] * steps[key]].view(-1, steps[key]).mean(1)
+    for k, (key, s) in enumerate(units.items()):
+        ranked = _standard(s).sort(descending=True, stable=True).values[: len(s) // steps[key] * steps[key]].view(-1, steps[key]).mean(1)
         chunks += [(-float(v), k, n, key) for n, v in enumerate(ranked)][1:]
     keep, spent = dict(steps), sum(price[key] * n for key, n in steps.items())
     closed = set()  # a kind whose next step costs too much
@@ -189,7 +194,16 @@ def _best(units: dict[Any, Tensor], price: dict[Any, float], steps: dict[Any, in
             keep[key], spent = keep[key] + steps[key], spent + price[key] * steps[key]
         else:
             closed.add(key)
-    return {key: s.sort(descending=True, stable=True).indices[: keep[key]].sort().values.tolist() for key, s in units.items()}
+    return {key: _first(s, keep[key]) for key, s in units.items()}
+
+
+def _standard(s: Tensor) -> Tensor:
+    return (s - s.mean()) / s.std().clamp(min=1e-30) if len(s) > 1 else s * 0
+
+
+def _first(s: Tensor, count: int) -> list[int]:
+    """The places of the highest scores, ascending."""
+    return s.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
 
 
 def _arch(source: Checkpoint) -> Arch:

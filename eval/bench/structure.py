@@ -72,7 +72,7 @@ def row(name: str, a: argparse.Namespace) -> dict[str, Any]:
         compress.heal(str(out), a.model, spec(a.calibration), f"{out}-heal", options=options, cache=Path(a.folder) / "teacher", show=False)
         keep("healed", judged(f"{out}-heal", a))
     if a.speed and "speed" not in known:
-        pairs = [[measure(path, dtype="float32", new_tokens=128)["decode_tokens_per_second"] for path in (a.model, str(out))] for _ in range(5)]
+        pairs = [[measure(path, dtype="float32", new_tokens=128)["decode_tokens_per_second"] for path in (a.model, str(out))] for _ in range(3)]
         keep("speed", [statistics.median(p[k] for p in pairs) for k in (0, 1)] + [statistics.median(y / x for x, y in pairs)])
         keep("flops", flops(a.model) / flops(str(out)))
     return known
