@@ -4,18 +4,20 @@
     I = Σ over a unit of |ĝ ⊙ (W + s B A)|, every linear counting alike;   I ← 0.9 I + 0.1 I_now
     r(τ) = r (1 − (1 − τ)³)              of every layer's units, the lowest, are silenced, τ from 0 to 1 between a tenth and nine tenths of the steps
 
-Most cuts fall while many steps that can make up for them are still to come. At the end adapters are merged and silent units cut out. L is the loss of the
-text itself: the model is tuned to it, which brings it away from the original as well; `refit` and `heal` hold it to the original again.
+Most cuts fall while many steps that can make up for them are still to come. At the end adapters are merged and silent units cut out. In the paper L is the loss
+of the text, which tunes the model to it and away from the original (`text: true`). Here it is KL(original ‖ model), and the text's own loss only where that
+is zero still: before the first cut, when scores are wanted and no step is taken.
 
-With `penalty`, λ · mean log(1 + a²) over all attention probabilities a is added to L: Sparse-then-Prune (Prasetyo et al., arXiv 2307.11988), which trains
-so and prunes by magnitude afterwards (`loraprune: {mlp: 0, penalty: 0.01}`, then the step `magnitude`). Rows of a sum to 1 and the penalty is convex: it
-evens them out.
+With `penalty`, λ · mean log(1 + a²) over all attention probabilities a is added to L of the text: Sparse-then-Prune (Prasetyo et al., arXiv 2307.11988),
+which trains so and prunes by magnitude afterwards (`loraprune: {mlp: 0, penalty: 0.01}`, then the step `magnitude`). Rows of a sum to 1 and the penalty is
+convex: it evens them out.
 
 The model is in memory as a whole, its adapters and their moments in fp32; a step costs what one of `compress heal` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,7 +50,8 @@ class LoRAPrune:
     batch: int = 4  # windows of a step
     rank: int = 8  # of an adapter
     lr: float = 3e-4  # Adam's
-    penalty: float = 0.0  # λ of Sparse-then-Prune; it uses 0.01
+    text: bool = False  # train on the loss of the text, as the paper does, and not towards the original
+    penalty: float = 0.0  # λ of Sparse-then-Prune, which uses 0.01 and trains on the text
     multiple: int = 8  # MLP widths are multiples of it
     skip: tuple[int, ...] = ()  # blocks that keep their widths; -1: the last
     needs_text = True
@@ -102,11 +105,18 @@ class LoRAPrune:
         for step in range(self.steps):
             rows = torch.randint(len(stream.tokens), (self.batch,), generator=generator)
             tokens, mask = stream.tokens[rows].to(stream.device), None if stream.mask is None else stream.mask[rows].to(stream.device)
+            text = self.text or self.penalty > 0
+            towards = not text and not all(bool(m.all()) for m in masks.values())
+            says = partial(model, input_ids=tokens, attention_mask=None if mask is None else mask.long(), use_cache=False)
+            original = _whole(says, [a.change for a in adapters.values()], list(masks.values())) if towards else None
             seen.clear()
             with torch.enable_grad():
-                log_p = model(input_ids=tokens, attention_mask=None if mask is None else mask.long(), use_cache=False).logits.float().log_softmax(-1)
-                nll = -log_p[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
-                loss = nll.mean() if mask is None else nll[mask[:, 1:]].mean()
+                log_p = says().logits.float().log_softmax(-1)
+                if original is None:
+                    each = -log_p[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+                else:
+                    each = (original.exp() * (original - log_p)).sum(-1)[:, 1:]
+                loss = each.mean() if mask is None else each[mask[:, 1:]].mean()
                 if self.penalty:
                     if not seen:
                         raise CompressError(f"{source.name}: loraprune.penalty: attention of {source.config.model_type} does not give its probabilities out")
@@ -118,7 +128,8 @@ class LoRAPrune:
                 for kind, c in kinds.items():
                     now = gathered(c, {path: self._each(adapters[i, path]) for path in (c.reader, *c.makers)})
                     score[i, kind] = 0.9 * score[i, kind] + 0.1 * now if (i, kind) in score else now
-            adam.step()
+            if towards or text:
+                adam.step()
             adam.zero_grad(set_to_none=True)
             if (step + 1) % self.every == 0 or step + 1 == self.steps:
                 kept = self._kept(source, score, ((step + 1) / self.steps - 0.1) / 0.8)
@@ -147,3 +158,19 @@ class LoRAPrune:
             found.setdefault(i, {})[kind] = s
         now = Width(mlp=share * self.mlp, groups=share * self.groups, by="magnitude", across="layer", multiple=self.multiple, skip=self.skip)
         return {(i, kind): torch.tensor(units) for kind, found_ in now.chosen(source, found).items() for i, units in found_.items() if kind != "experts"}
+
+
+@torch.no_grad()
+def _whole(says: Callable, changes: list[LowRank], masks: list[Tensor]) -> Tensor:
+    """Log-probabilities of the original: adapters and masks are out of the way for this forward."""
+    before, scales = [m.clone() for m in masks], [change.scale for change in changes]
+    for m in masks:
+        m.fill_(1)
+    for change in changes:
+        change.scale = 0.0
+    log_p = says().logits.float().log_softmax(-1)
+    for m, was in zip(masks, before, strict=True):
+        m.copy_(was)
+    for change, scale in zip(changes, scales, strict=True):
+        change.scale = scale
+    return log_p
