@@ -220,7 +220,7 @@ def heal(path: Annotated[str, typer.Argument(help="An artifact, or a checkpoint 
          steps: Annotated[int, typer.Option(min=0, help="Optimizer steps")] = 300,
          samples: Annotated[int, typer.Option(min=2, help="Windows of the text")] = 512,
          seqlen: Annotated[int, typer.Option(min=2, help="Tokens of a window")] = 512,
-         train: Annotated[str, typer.Option(help="lora: adapters; scales: scales of integer groups; norms with both")] = "lora",
+         train: Annotated[str, typer.Option(help="lora: adapters; weights: all that is stored; scales: of integer groups; norms with each")] = "lora",
          set_: Annotated[list[str] | None, typer.Option("--set", help="Any other option of docs/methods.md, heal: rank=32 (repeatable)")] = None,
          cache: Annotated[str | None, typer.Option(help="Keep the teacher's answers in this folder; default OUT.teacher, removed at the end")] = None,
          seed: Seed = 0, pack: Annotated[bool, typer.Option("--pack/--documents", help="Fill windows across documents, or one document a window")] = True,

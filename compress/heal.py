@@ -6,9 +6,10 @@ Calibration solves each layer once for a few windows; here the layers answer to 
 the end depends on the format (healing/adapters.py): merged where it costs nothing, kept as a low-rank term over integers. The original is read
 once, block by block (healing/teacher.py), so only the compressed model, the adapters and Adam's two moments of them are in memory while training.
 
-Windows that are never trained on judge. The best state they have seen is kept, rounded as it will be stored, judged once more, and undone where it is
-no better than the model was before. Everything that training has come to lies in one shard, written anew every few steps by one rename: killed
-anywhere, the same command goes on from there to the same bytes. Under `accelerate launch` or `torchrun` the windows of a step are shared out.
+Windows that are never trained on judge. Where they see no gain, training goes back to the best state they have seen and its steps are halved: noise is in
+proportion to them, and what is to be won may be less than it. At the end that state, rounded as it will be stored, is judged once more, and undone where it
+is no better than the model was before. Everything that training has come to lies in one shard, written anew every few steps by one rename: killed anywhere,
+the same command goes on from there to the same bytes. Under `accelerate launch` or `torchrun` the windows of a step are shared out.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def heal(options: Heal, source: Checkpoint, teacher: Checkpoint, data: Calibrati
                     remember(teacher, notebook, lessons, data, top_k=options.top_k, layers=[t for _, t in pairs], relation=options.relation > 0,
                              device=device)  # fmt: skip
             processes.wait_for_everyone()
-            student = Student(options, source, device, seed, [key.removeprefix("relation.") for key in lessons([0], "cpu") if key.startswith("relation.")])
+            student = Student(options, source, device, seed, [key.removeprefix("relation.") for key in lessons([0], "cpu") if key.startswith("relation.")],
+                              teacher)  # fmt: skip
             formats, training, notes = _train(options, student, lessons, data, pairs, judges, folder, writer, processes, seed=seed, show=show)
             if writer:
                 strictly(strict, data.fallbacks + notes)
@@ -143,10 +145,11 @@ def _train(options: Heal, student: Student, lessons: Lessons, data: CalibrationS
             total += loss(mine[i : i + options.micro], judging=True)
         return float(together(total)) / real(held)
 
-    slow = {name for name in student.masters if name not in student.adapters or name.endswith(".log_s")}
-    rates = [options.lr, options.scale_lr]
-    adam = torch.optim.Adam([{"params": [p for name, p in student.masters.items() if (name in slow) == bool(k)], "lr": rate} for k, rate in enumerate(rates)],
-                            betas=(0.9, 0.95))  # fmt: skip
+    speed = {"A": options.lr, "B": options.lr, "P": options.weight_lr, "p": options.weight_lr}  # by what an adapter calls it; all else is a scale or a norm
+    groups: dict[float, list[Tensor]] = {}
+    for name, p in student.masters.items():
+        groups.setdefault(speed.get(name.rpartition(".")[2] if name in student.adapters else "", options.scale_lr), []).append(p)
+    adam = torch.optim.Adam([{"params": ps, "peak": rate} for rate, ps in groups.items()], betas=(0.9, 0.95))
     state = _resume(student, adam, folder, writer, processes)
     losses, looks, best = state or ([], [judged()], _copy(student.masters))
     say(f"healing: held-out KL {looks[0]:.5f}" + (f", resumed at {min(looks):.5f} after {len(losses)} steps" if losses else ""))
@@ -166,24 +169,25 @@ def _train(options: Heal, student: Student, lessons: Lessons, data: CalibrationS
         flat[1:] *= LONGEST / max(float(flat[1:].norm()), LONGEST)
         for p, g in zip(student.masters.values(), flat[1:].split([g.numel() for g in gradients]), strict=True):
             p.grad = g.view(p.shape)
-        for group, rate in zip(adam.param_groups, rates, strict=True):
-            group["lr"] = rate * _rate(step, options)
+        for group in adam.param_groups:
+            group["lr"] = group["peak"] * _rate(step, options) * 0.5 ** sum(looks[k] >= min(looks[:k]) for k in range(1, len(looks)))
         adam.step()
         adam.zero_grad(set_to_none=True)
         student.follow()
         losses.append(float(flat[0]))
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
             looks.append(judged())
-            if looks[-1] < min(looks[:-1]):
+            if better := looks[-1] < min(looks[:-1]):
                 best = _copy(student.masters)
+            else:
+                _back(student, best)
             if writer:
                 _save(student, adam, best, losses, looks, writer)
             left = (time.perf_counter() - began) / (step + 1 - done) * (options.steps - step - 1)
             recent = losses[-options.every :]
-            say(f"healing {step + 1}/{options.steps}: loss {sum(recent) / len(recent):.5f}, held-out KL {looks[-1]:.5f}, left {left:.0f} s")
-    with torch.no_grad():
-        for name, value in best.items():
-            student.masters[name].copy_(value)
+            gain = "" if better else f", back to {min(looks):.5f}"
+            say(f"healing {step + 1}/{options.steps}: loss {sum(recent) / len(recent):.5f}, held-out KL {looks[-1]:.5f}{gain}, left {left:.0f} s")
+    _back(student, best)
     idle = [path for path, inner in student.learners.items() if isinstance(inner, Frozen)]
     notes = [{"what": "scales not trained", "where": idle[0], "count": len(idle), "detail": "its format has none that can learn"}] if idle else []
     formats = student.finish(True)
@@ -211,6 +215,13 @@ def _rate(step: int, options: Heal) -> float:
 
 def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+@torch.no_grad()
+def _back(student: Student, best: dict[str, Tensor]) -> None:
+    for name, value in best.items():
+        student.masters[name].copy_(value)
+    student.follow()
 
 
 def _save(student: Student, adam: torch.optim.Adam, best: dict[str, Tensor], losses: list[float], looks: list[float], writer: Writer) -> None:

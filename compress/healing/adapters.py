@@ -3,7 +3,13 @@
     Dense                      W + (α/r)·B A            merged at the end: not a byte more than before
     Masked, Sparse24 of Dense  W + M ⊙ (α/r)·B A        merged on the mask M: no gradient and no value off it, zeros stay exactly zero
     Product, Sum, Scaled, …    what lies inside, by these rules
-    anything else, quantized   Ŵ + (α/r)·B A            kept as a term of its own, Sum(Ŵ, Product(Dense, Dense))
+    anything else, quantized   Ŵ + (α/r)·B A            kept as a term of its own, Sum(Ŵ, Product(Dense, Dense)); scales of integers learn beside it
+
+With `train: weights` every number of the weight learns instead:
+
+    Dense, Masked, Sparse24    W = M ⊙ 2ᵉP             P for as long as it lies on the mask; masked full tuning, and a factor where W is one
+    integer groups             s·(⌊p⌉ − z)             scales s, and codes by straight-through rounding where the original says which were nearly
+                                                       another: not a byte more (trained.py)
 
 B [out, r] begins at zero, so before the first step nothing has changed; A [r, in] is random (LoRA, arXiv 2106.09685). The third rule on a 4-bit weight is
 QLoRA (arXiv 2305.14314), the second is SPP (arXiv 2405.16057), the last on a 2:4 mask (`merge: false`) SLoPe (arXiv 2405.16325). With `train: scales` the
@@ -95,22 +101,22 @@ class Merged(nn.Module):
 
 
 class Extended(nn.Module):
-    """A frozen weight and a low-rank term that stays one."""
+    """A weight, frozen or with scales that learn, and a low-rank term that stays one."""
 
-    def __init__(self, frozen: Frozen, term: LowRank):
+    def __init__(self, base: nn.Module, term: LowRank):
         super().__init__()
-        self.frozen, self.term = frozen, term
+        self.base, self.term = base, term
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.frozen(x) + self.term(x)
+        return self.base(x) + self.term(x)
 
     def weight(self) -> Sum:
-        stored = self.frozen.stored
+        stored = self.base.weight()  # type: ignore[operator]
         return Sum((*(stored.terms if isinstance(stored, Sum) else (stored,)), self.term.weight()))
 
 
 class OnMask(nn.Module):
-    """Integer values on a mask: their scales learn."""
+    """Integer values on a mask: their scales learn, or all of them."""
 
     def __init__(self, stored: Masked | Sparse24, values: Trained):
         super().__init__()
@@ -122,6 +128,29 @@ class OnMask(nn.Module):
 
     def weight(self) -> Format:
         return replace(self.stored, values=self.values.weight())
+
+
+class Whole(nn.Module):
+    """Dense, or dense values on a mask, all of which learn: W = M ⊙ 2ᵉP with 2ᵉ near the root mean square of W, so that a step is as large in every layer."""
+
+    def __init__(self, stored: Format):
+        super().__init__()
+        W = stored.dequantize()
+        self.stored, self.keep = stored, None if isinstance(stored, Dense) else stored.keep()  # type: ignore[attr-defined]
+        rms = W.square().mean().sqrt() if self.keep is None else W[self.keep].square().mean().sqrt()
+        self.scale = float(torch.exp2(rms.clamp(min=1e-20).log2().round()))  # a power of two: nothing is rounded before the first step
+        self.P = nn.Parameter(W / self.scale)
+
+    def matrix(self) -> Tensor:
+        W = self.scale * self.P
+        return W if self.keep is None else W * self.keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix().to(x.dtype))
+
+    @torch.no_grad()
+    def weight(self) -> Format:
+        return with_values(self.stored, self.matrix())
 
 
 class Combined(nn.Module):
@@ -159,12 +188,11 @@ def with_values(stored: Format, W: Tensor) -> Format:
     return replace(stored, values=with_values(stored.values, values))
 
 
-def learner(stored: Format, options: Heal, *, dtype: torch.dtype, kept_as: torch.dtype, generator: torch.Generator, known: dict[tuple, nn.Module]
-            ) -> nn.Module:  # fmt: skip
+def learner(stored: Format, options: Heal, *, dtype: torch.dtype, kept_as: torch.dtype, generator: torch.Generator, known: dict[tuple, nn.Module],
+            original: Tensor | None = None) -> nn.Module:  # fmt: skip
     """The module that stands for `stored` while it learns: called with x [..., in] it gives x·Ŵᵀ, and its `weight()` what has been learned.
 
-    known: what stands for parts seen before, by their tensors: linears that share a factor share what it learns.
-
+    known: what stands for parts seen before, by their tensors: linears that share a factor share what it learns. original: the weight it was made of.
     dtype: of x; kept_as: of a low-rank term that stays one. Without a learnable part (`train: scales`) it is a Frozen.
     """
     device = next(iter(stored.tensors().values())).device
@@ -172,8 +200,10 @@ def learner(stored: Format, options: Heal, *, dtype: torch.dtype, kept_as: torch
     change = lambda f: LowRank(f.shape, options.rank, options.alpha, kept_as, generator, device)
 
     def low_rank(f: Format) -> nn.Module | None:
-        dense = isinstance(f.values if isinstance(f, Masked | Sparse24) else f, Dense)
-        return Merged(frozen(f), change(f)) if dense else None
+        return Merged(frozen(f), change(f)) if _dense(f) else None
+
+    def whole(f: Format) -> nn.Module | None:
+        return Whole(f) if _dense(f) else _integers(f, original if f is stored else None)
 
     def once(leaf: Leaf) -> Leaf:
         def taken(f: Format) -> nn.Module | None:
@@ -184,18 +214,26 @@ def learner(stored: Format, options: Heal, *, dtype: torch.dtype, kept_as: torch
 
         return taken
 
-    if options.train == "scales":
-        return _inside(stored, once(_scales), frozen) or frozen(stored)
-    return (options.merge and _inside(stored, once(low_rank), frozen)) or Extended(frozen(stored), change(stored))
+    if options.train != "lora":
+        leaf = whole if options.train == "weights" else _integers
+        return _inside(stored, once(leaf), frozen) or frozen(stored)
+    if options.merge and (made := _inside(stored, once(low_rank), frozen)) is not None:
+        return made
+    return Extended((not options.bounded and _inside(stored, once(_integers), frozen)) or frozen(stored), change(stored))
 
 
-def _scales(f: Format) -> nn.Module | None:
+def _dense(f: Format) -> bool:
+    return isinstance(f.values if isinstance(f, Masked | Sparse24) else f, Dense)
+
+
+def _integers(f: Format, original: Tensor | None = None) -> nn.Module | None:
+    """Integer groups, also on a mask, whose scales learn; with the original weight [out, in] their codes as well."""
     if isinstance(f, Masked | Sparse24) and isinstance(f.values, IntGroup):
-        return OnMask(f, _scales(f.values))  # type: ignore[arg-type]
+        return OnMask(f, _integers(f.values, None if original is None else original[f.keep()].view(f.values.shape)))  # type: ignore[arg-type]
     if not isinstance(f, IntGroup):
         return None
-    trained = Trained(f, f.dequantize(), None)
-    trained.p.requires_grad_(False)
+    trained = Trained(f, f.dequantize() if original is None else original.float(), None)
+    trained.p.requires_grad_(original is not None)
     return trained
 
 

@@ -18,7 +18,7 @@ from ..artifact import LayerRecord
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
 from ..formats import Dense, Format, build
-from ..linear import CompressedLinear
+from ..linear import CompressedLinear, get_weight
 from ..stream import StandIn
 from ..trained import place, vectors
 from ..verification import ArtifactCheckpoint
@@ -43,6 +43,12 @@ def shard_of(source: Checkpoint, i: int) -> tuple[dict[str, Tensor], dict[str, L
     return tensors, {}, {path: Dense(W.T.contiguous() if isinstance(m, Conv1D) else W) for path, m in linears.items() for W in [tensors[f"{path}.weight"]]}
 
 
+def _like(f: Format, linear: nn.Module) -> Tensor | None:
+    """The weight [out, in] of an original linear, if `f` stands for it and not for what a view made of it."""
+    W = get_weight(linear)
+    return W if W.shape == f.shape and float((f.dequantize() - W.cpu()).norm() / W.norm()) < 0.7 else None
+
+
 class Healed(nn.Module):
     """In the place of a linear while it learns."""
 
@@ -56,9 +62,11 @@ class Healed(nn.Module):
 
 
 class Student:
-    """hear: linears of the last block whose outputs are wanted, by their paths in it. Raises CompressError where one is not there."""
+    """hear: linears of the last block whose outputs are wanted, by their paths in it. Raises CompressError where one is not there.
 
-    def __init__(self, options: Heal, source: Checkpoint, device: str, seed: int, hear: list[str]):
+    teacher: the original, of which weights are read where codes learn (`train: weights`) and both have as many blocks."""
+
+    def __init__(self, options: Heal, source: Checkpoint, device: str, seed: int, hear: list[str], teacher: Checkpoint | None = None):
         generator = torch.Generator().manual_seed(seed)
         self.device, self.model = device, source.load_outer(device)
         self.formats, self.stored = dict[str, Format](), dict[str, torch.dtype]()
@@ -76,9 +84,14 @@ class Student:
         here: dict[int, Tensor] = {}  # one copy on the device of a tensor that several linears share
         known: dict[tuple, nn.Module] = {}
         self.learners: dict[str, nn.Module] = {}
+        block_of = lambda path: int(path.removeprefix(source.blocks_path + ".").partition(".")[0])
+        at, theirs, original = -1, None, None  # a block of the original
         for path, f in self.formats.items():
+            if options.train == "weights" and teacher is not None and teacher.num_blocks == source.num_blocks:
+                at, theirs = (at, theirs) if at == block_of(path) else (block_of(path), teacher.load_block(block_of(path), device))
+                original = _like(f, theirs.get_submodule(path.removeprefix(source.block_name(at) + ".")))  # type: ignore[union-attr]
             f = build(f.meta(), {key: here.setdefault(id(t), t.to(device)) for key, t in f.tensors().items()})
-            self.learners[path] = learner(f, options, dtype=source.dtype, kept_as=source.stored_dtype, generator=generator, known=known)
+            self.learners[path] = learner(f, options, dtype=source.dtype, kept_as=source.stored_dtype, generator=generator, known=known, original=original)
         self.norms = vectors(self.model, source.blocks_path, self.formats)
         place(self.model, [(path, Healed(inner, self.biases[path])) for path, inner in self.learners.items()])
         for p in self.norms.values():

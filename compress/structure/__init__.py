@@ -10,10 +10,13 @@ what the last one left. Plans go into the manifest.
 """
 
 from .drop import Drop
+from .fuse import Fuse
+from .loraprune import LoRAPrune
 from .nest import Nest
 from .program import Program
 from .refit import Refit
 from .slice import Slice
 from .width import Width
 
-STRUCTURE = {"drop": Drop, "program": Program, "width": Width, "slice": Slice, "nest": Nest, "refit": Refit}
+STRUCTURE = {"drop": Drop, "fuse": Fuse, "program": Program, "width": Width, "loraprune": LoRAPrune,
+             "slice": Slice, "nest": Nest, "refit": Refit}

@@ -1,34 +1,37 @@
-"""Importance: what the loss of a neuron or a head would cost, one number a unit. x_j is what it gives, W_:j the columns that read it.
+"""Importance: what the loss of a neuron or a head would cost, one number a unit. x_j is what it gives, W_:j the columns that read it, m_j = 1 a factor on x_j.
 
     order        the first ones, of a model whose neurons were put in order (nest.py)
     magnitude    ‖W_:j‖ and the rows that make it, no text                                              the baseline
     activation   √E[x_j²] · ‖W_:j‖                                                                      Wanda for structures
     flap         Var(x_j) · ‖W_:j‖²: what stays after a constant made up for the mean                   FLAP, arXiv 2312.11983
     taylor       Σ |∂L/∂w · w| over all weights of the unit, L the model's own loss on the text         LLM-Pruner, arXiv 2305.11627
-    fisher       Σ_windows (∂L/∂m_j)², m_j = 1 a factor on x_j                                          Kwon et al., arXiv 2204.09656
+    fisher       Σ_windows (∂L/∂m_j)²                                                                   Kwon et al., arXiv 2204.09656
+    trajectory   ½ ∂²/∂m_j² of Σ_l ‖M_l(m) − M_l(1)‖² + c·KL, M_l cosines of all pairs of tokens        OPTIN, arXiv 2403.17921
 
-A head's score is the sum over its channels. Those with moments of x need one pass forward, block by block; the last two one forward and one backward, with the
-states between blocks kept (on disk past a limit) and the gradients of one block at a time.
+A head's score is the sum over its channels. Those with moments of x need one pass forward, block by block; the last three one forward and one backward
+(backward.py), where OPTIN masks one unit after the other and needs a forward pass for each: at m = 1 its measure and its gradient are zero, so what a mask
+costs is the second derivative, 2 Σ (∂M/∂m_j)² for a sum of squares. Random signs v find it with one gradient for all units, E (∂ v·M/∂m_j)² = Σ (∂M/∂m_j)²,
+and tokens drawn from the model do so for the KL. c weighs the KL a tenth of the trajectory, to a power of ten, as the paper's code does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..arch import table_entry
-from ..calibration import hidden
 from ..checkpoint import Checkpoint
 from ..experts import UnfusedExperts
 from ..linear import get_weight
 from ..skeleton import Heads, Neurons, heads, neurons
 from ..stream import Stream
+from .backward import backward, likelihood, trajectory
 
-By = Literal["flap", "activation", "magnitude", "taylor", "fisher", "order"]
+By = Literal["flap", "activation", "magnitude", "taylor", "fisher", "trajectory", "order"]
 
 
 def coupled(source: Checkpoint, block: nn.Module) -> dict[str, Neurons | Heads]:
@@ -40,7 +43,7 @@ def coupled(source: Checkpoint, block: nn.Module) -> dict[str, Neurons | Heads]:
 
 def scores(source: Checkpoint, enter, by: By, with_heads: bool) -> dict[int, dict[str, Tensor]]:
     """{block: {"mlp": [neurons], "heads": [query heads]}}, fp64; the larger, the more a unit matters."""
-    if by in ("taylor", "fisher"):
+    if by in ("taylor", "fisher", "trajectory"):
         return _by_gradient(source, enter(source, 0), by)
     stream = None if by in ("magnitude", "order") else enter(source, 0)
     found: dict[int, dict[str, Tensor]] = {}
@@ -78,13 +81,13 @@ def _rows(block: nn.Module, c: Neurons) -> Tensor:
 @torch.no_grad()
 def _moments(stream: Stream, block: nn.Module, paths: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
     """E[x] and E[x²] of what the linears read, while the stream goes through the block."""
-    totals: dict[str, list] = {path: [0, 0, 0] for path in paths}
+    totals: dict[str, list] = {path: [torch.zeros(()), torch.zeros(()), 0] for path in paths}
     valid: Tensor | None = None
 
     def see(path: str) -> Callable:
         def hook(module, args):
             x = args[0].flatten(0, -2).double()
-            x = x if valid is None else x[valid]
+            x = x if valid is None or len(x) != len(valid) else x[valid]  # an expert's tokens do not tell which are padding
             totals[path] = [a + b for a, b in zip(totals[path], (x.sum(0), x.square().sum(0), len(x)), strict=True)]
 
         return hook
@@ -95,59 +98,47 @@ def _moments(stream: Stream, block: nn.Module, paths: list[str]) -> dict[str, tu
         stream.hidden[rows] = stream.forward(block, rows, call)
     for handle in handles:
         handle.remove()
-    return {path: (s / n, q / n) for path, (s, q, n) in totals.items()}
+    return {path: (s / max(n, 1), q / max(n, 1)) for path, (s, q, n) in totals.items()}
 
 
 # ---- by gradient
 
 
 def _by_gradient(source: Checkpoint, stream: Stream, by: By) -> dict[int, dict[str, Tensor]]:
-    calls, states = [list(c) for c in stream.calls], []
-    for i in range(source.num_blocks):
-        states.append(hidden.allocate(tuple(stream.hidden.shape), stream.hidden.dtype, stream.folder).copy_(stream.hidden))
-        stream.advance(source.load_block(i, stream.device))
-    gradient = _loss_gradient(stream)
     found: dict[int, dict[str, Tensor]] = {}
-    for i in reversed(range(source.num_blocks)):
-        block = source.load_block(i, stream.device)
+    losses = [trajectory(stream), likelihood(stream, sampled=True)] if by == "trajectory" else [likelihood(stream)]
+    readers = lambda block: {kind: c.reader for kind, c in coupled(source, block).items()}
+    made = lambda block: [p for c in coupled(source, block).values() for p in (c.reader, *c.makers)] if by == "taylor" else []
+    shares: list[dict[int, dict[str, Tensor]]] = [{} for _ in losses]
+    for i, block, gates, weights in backward(source, stream, losses, readers, made):
         parts = coupled(source, block)
-        gates: dict[str, Tensor] = {}
-        seen: dict[str, Tensor] = {}
-        linears = [p for c in parts.values() for p in (c.reader, *c.makers)] if by == "taylor" else []
-        for path in linears:
-            block.get_submodule(path).weight.requires_grad_(True)
-        handles = [block.get_submodule(c.reader).register_forward_pre_hook(partial(_keep, seen, kind)) for kind, c in parts.items()]
-        for rows, (args, kwargs) in zip(stream.batches(), calls[i], strict=True):
-            with torch.enable_grad():
-                h = states[i][rows].to(stream.device, copy=True).requires_grad_()
-                out = block(h, *args, **kwargs)
-                (out[0] if isinstance(out, tuple) else out).backward(gradient[rows].to(stream.device))
-            gradient[rows] = h.grad
-            for kind, x in seen.items():
-                per_window = (x * x.grad).detach().double().view(len(h), -1, x.shape[-1]).sum(1)  # ∂L/∂m of every window
-                gates[kind] = gates.get(kind, torch.zeros(())) + per_window.square().sum(0)
-        for handle in handles:
-            handle.remove()
-        states.pop()
-        found[i] = {}
-        for kind, c in parts.items():
-            score = gates[kind]
-            if by == "taylor":
-                g = {p: (block.get_submodule(p).weight.grad.double() * block.get_submodule(p).weight.double()).abs() for p in (c.reader, *c.makers)}
-                oriented = {p: t if isinstance(block.get_submodule(p), nn.Linear) else t.T for p, t in g.items()}
-                score = oriented[c.reader].sum(0)
-                if isinstance(c, Neurons):
-                    score = score + sum(oriented[m].sum(1).view(-1, c.width).sum(0) for m in c.makers)
-            found[i][kind] = _by_head(c, score.detach())
-            if by == "taylor" and isinstance(c, Heads):
-                found[i][kind] = found[i][kind] + _made_by_head(c, {m: oriented[m].sum(1).cpu() for m in c.makers})
-        block.requires_grad_(False)
-    return found
+        if by == "taylor":
+            each = {p: (g * block.get_submodule(p).weight.double()).abs() for p, g in weights.items()}
+            each = {p: t if isinstance(block.get_submodule(p), nn.Linear) else t.T for p, t in each.items()}
+            found[i] = {kind: gathered(c, {p: each[p] for p in (c.reader, *c.makers)}) for kind, c in parts.items()}
+        for share, gate in zip(shares, gates, strict=True):
+            share[i] = {kind: _gate(c, gate[kind]).square().sum(0) for kind, c in parts.items()}
+    if by == "taylor":
+        return found
+    if by == "trajectory":
+        T, KL = (float(sum(s.sum() for kinds in share.values() for s in kinds.values())) for share in shares)
+        c = 10.0 ** round(math.log10(max(T, 1e-300) / max(10 * KL, 1e-300)))
+        return {i: {kind: s + c * shares[1][i][kind] for kind, s in kinds.items()} for i, kinds in shares[0].items()}
+    return shares[0]
 
 
-def _keep(seen: dict[str, Tensor], kind: str, module: nn.Module, args: tuple) -> None:
-    args[0].retain_grad()
-    seen[kind] = args[0]
+def _gate(c: Neurons | Heads, gate: Tensor) -> Tensor:
+    """[windows, channels] → [windows, units]: a factor on a head is one on all its channels."""
+    return gate.view(len(gate), c.heads, c.dim).sum(2) if isinstance(c, Heads) else gate
+
+
+def gathered(c: Neurons | Heads, each: dict[str, Tensor]) -> Tensor:
+    """What one number [out, in] for every weight of the reader and the makers adds up to over each unit, fp64 on the CPU."""
+    each = {path: t.double().cpu() for path, t in each.items()}
+    columns = each[c.reader].sum(0)
+    if isinstance(c, Neurons):
+        return columns + sum((each[m].sum(1).view(-1, c.width).sum(0) for m in c.makers), torch.zeros(()))
+    return _by_head(c, columns) + _made_by_head(c, {m: each[m].sum(1) for m in c.makers})
 
 
 def _made_by_head(c: Heads, rows: dict[str, Tensor]) -> Tensor:
@@ -158,21 +149,6 @@ def _made_by_head(c: Heads, rows: dict[str, Tensor]) -> Tensor:
         shared = score / torch.bincount(torch.cat(own), minlength=len(score))
         total += torch.stack([shared[mine].sum() for mine in own])
     return total
-
-
-def _loss_gradient(stream: Stream) -> Tensor:
-    """∂L/∂h behind the last block, L the summed cross-entropy of the text's next tokens."""
-    gradient = hidden.allocate(tuple(stream.hidden.shape), stream.hidden.dtype, stream.folder)
-    tail = stream.tail()
-    for rows in stream.batches():
-        with torch.enable_grad():
-            h = stream.hidden[rows].to(stream.device, copy=True).requires_grad_()
-            log_p = tail(h).float().log_softmax(-1)[:, :-1]
-            loss = -log_p.gather(-1, stream.tokens[rows][:, 1:, None].to(h.device))[..., 0]
-            if stream.mask is not None:
-                loss = loss * stream.mask[rows][:, 1:].to(h.device)
-            gradient[rows] = torch.autograd.grad(loss.sum(), h)[0]
-    return gradient
 
 
 # ---- experts
@@ -200,4 +176,32 @@ def experts(source: Checkpoint, enter) -> dict[int, Tensor]:
         stream.advance(block)
         handle.remove()
         found[i] = total
+    return found
+
+
+@torch.no_grad()
+def expert_neurons(source: Checkpoint, enter, by: By) -> dict[int, Tensor]:
+    """{block: [experts, neurons]} by flap, activation or magnitude, blocks with experts only; an expert counts only the tokens that it is given."""
+    stream, found = None if by == "magnitude" else enter(source, 0), {}
+    for i in range(source.num_blocks):
+        block = source.load_block(i, stream.device if stream else "cpu")
+        path = next((n for n, m in block.named_modules() if isinstance(m, UnfusedExperts)), None)
+        if path is None:
+            if stream is not None:
+                stream.advance(block)
+            continue
+        readers = [f"{path}.{e}.down_proj" for e in range(len(block.get_submodule(path)))]
+        moments = {} if stream is None else _moments(stream, block, readers)
+        each = []
+        for reader in readers:
+            column = get_weight(block.get_submodule(reader)).double().square().sum(0)
+            if by == "magnitude":
+                maker = get_weight(block.get_submodule(reader.replace("down_proj", "gate_up_proj"))).double().square().sum(1)
+                each.append((column + maker.view(2, -1).sum(0)).sqrt())
+            else:
+                mean, square = moments[reader]
+                each.append((square * column).sqrt() if by == "activation" else (square - mean.square()).clamp(min=0) * column)
+        found[i] = torch.stack(each).cpu()
+        if stream is not None:
+            stream.at += 1
     return found

@@ -11,20 +11,17 @@ Between segments damages are taken to add up; the KL that was reached in the end
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
 from ..skeleton import KEY
-from ..stream import Stream
-from .drop import _through, divergences, fewer, sublayer, without
+from .cost import Cost, sublayers
+from .drop import divergences, fewer, without
 from .smaller import Smaller, blocks_of
 
 
@@ -44,7 +41,7 @@ class Program:
     """Leave out attentions, MLPs and blocks under one budget, by an exact dynamic programme over segments."""
 
     budget: float = 0.75  # share of the blocks' cost that may stay
-    cost: Literal["parameters", "latency"] = "parameters"  # what is counted: weights, or seconds of a forward pass measured on this machine
+    cost: Cost = "parameters"  # what is counted: weights, FLOPs, bytes, or seconds of a forward pass measured on this machine (cost.py)
     span: int = 2  # blocks of the longest run that is measured as a whole
     samples: int = 16  # calibration windows on which damage is measured; 0: all
     bins: int = 1000  # steps in which costs are counted, rounded up
@@ -55,7 +52,7 @@ class Program:
         if not 0 < self.budget <= 1:
             raise CompressError(f"program.budget = {self.budget}: the share of the cost that may stay, above 0 and at most 1")
         stream = enter(source, self.samples)
-        costs = [self._costs(source, stream, i) for i in range(source.num_blocks)]
+        costs = [sublayers(source, i, self.cost, stream) for i in range(source.num_blocks)]
         absent = {(i, i + 1, child): {i: child} for i, c in enumerate(costs) for child in c if child}
         absent |= {(i, i + n, ""): dict.fromkeys(range(i, i + n), "") for n in range(1, self.span + 1) for i in range(source.num_blocks - n + 1)}
         states, tail = without(source, stream, {}, absent), stream.tail()
@@ -86,17 +83,6 @@ class Program:
                 blocks[j]["without"] = sorted({*blocks[j].get("without", ()), absent[i]})
         return Smaller(view, changes={KEY: blocks}) if any(blocks) else view
 
-    def _costs(self, source: Checkpoint, stream: Stream, i: int) -> dict[str, float]:
-        """{child: what it costs} of block i; "" is what belongs to neither sublayer."""
-        children = [sublayer(source, i, what) for what in ("attention", "mlp")]
-        block = source.load_block(i, stream.device)
-        if self.cost == "parameters":
-            found = {child: float(sum(p.numel() for p in block.get_submodule(child).parameters())) for child in children}
-            return found | {"": sum(p.numel() for p in block.parameters()) - sum(found.values())}
-        whole, *rest = (_seconds(stream, i, block, child) for child in (None, *children))
-        found = {child: max(0.0, whole - left) for child, left in zip(children, rest, strict=True)}
-        return found | {"": max(0.0, whole - sum(found.values()))}
-
 
 def best(options: Sequence[Option], length: int, budget: float, bins: int) -> list[Option]:
     """The segments that cover blocks 0 … length − 1 with the largest sum of values at a sum of costs, each rounded up to a bin, within the budget.
@@ -126,12 +112,3 @@ def best(options: Sequence[Option], length: int, budget: float, bins: int) -> li
         chosen.insert(0, last)
         end, t = last.start, t - steps[options.index(last)]
     return chosen
-
-
-def _seconds(stream: Stream, i: int, block: nn.Module, absent: str | None) -> float:
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        _through(stream, i, block, stream.hidden, absent)
-        times.append(time.perf_counter() - started)
-    return median(times[1:])

@@ -8,7 +8,8 @@ changed, and W the columns K that were kept, this is the exact least-squares ref
 towards W_K instead of towards 0. With `bias` only the constant is solved, E[t − s]: FLAP's compensation (arXiv 2312.11983).
 
 Both models travel side by side, one block of each in memory; a site costs a pass through each. Linears whose output goes through a norm or a gate, and
-those that do not write to the stream (`linears: all`), are held to their own outputs instead. Routed experts stay as they are.
+those that do not write to the stream (`linears: all`), are held to their own outputs instead; so is an expert that lost neurons, on the tokens that the
+smaller model gives it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..calibration.hidden import release
 from ..calibration.statistics import Stats
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
+from ..experts import UnfusedExperts
 from ..linear import get_weight, in_features
 from ..skeleton import KEY
 from ..stream import Reached, Stream, sites_of
@@ -62,7 +64,9 @@ class Refit:
             made = scratch.tensors(f"refit-{j:05d}", partial(self._block, source, block, small, whole, until))
             prefix = source.block_name(j) + "."
             for name, t in made.items():
-                _put(block, name.removeprefix(prefix), t)
+                local = name.removeprefix(prefix)
+                for part, each in [(local, t)] if t.dim() < 3 else [(local.replace(".down_proj", f".{e}.down_proj.weight"), w) for e, w in enumerate(t)]:
+                    _put(block, part, each)
             tensors |= dict.fromkeys(made, f"refit-{j:05d}")
             small.advance(block)
             del block
@@ -74,7 +78,7 @@ class Refit:
         for name in (n for n in plan["tensors"] if n not in names):  # a bias that the class does not have
             i, _, local = name.removeprefix(prefix).partition(".")
             blocks[int(i)].setdefault("bias", []).append(local.removesuffix(".bias"))
-        edits: dict[str, Edit] = {name: partial(_instead, scratch, file, name) for name, file in plan["tensors"].items()}
+        edits: dict[str, Edit] = {name: partial(instead, scratch, file, name) for name, file in plan["tensors"].items()}
         return Smaller(source, changes={KEY: blocks} if any("bias" in b for b in blocks) else {}, edits=edits)
 
     def _block(self, source: Smaller, block: nn.Module, small: Stream, whole: Stream, until: int) -> dict[str, Tensor]:
@@ -95,12 +99,44 @@ class Refit:
                 elif place is not None or named or self.linears == "all":
                     other = partial(_seen, theirs, path, place, whole)
                     made |= self._solve(source, block, path, partial(_seen, block, path, place, small), lambda i, rows, other=other: other(i, rows)[1], small)
+        made |= self._experts(block, theirs, small) if self.what == "weights" else {}
         whole.advance(theirs)
         while whole.at < until:
             whole.advance(source.root.load_block(whole.at, whole.device))
         for path in last:
             made |= self._solve(source, block, path, partial(_seen, block, path, "", small), lambda i, rows: whole.hidden[rows], small)
         return {f"{source.block_name(small.at)}.{local}": t for local, t in made.items()}
+
+    @torch.no_grad()
+    def _experts(self, block: nn.Module, theirs: nn.Module, stream: Stream) -> dict[str, Tensor]:
+        """{name: [experts, width, neurons]} of experts that lost neurons, and put into the block; nothing where none did, or where experts are gone."""
+        path = next((name for name, m in block.named_modules() if isinstance(m, UnfusedExperts)), None)
+        if path is None or len(ours := block.get_submodule(path)) != len(others := theirs.get_submodule(path)):
+            return {}
+        readers = [e.down_proj for e in ours]
+        (m, n), (rows, columns) = readers[0].weight.shape, others[0].down_proj.weight.shape
+        if m != rows or n == columns:  # channels were cut, which are not comparable, or no neuron was
+            return {}
+        stats = [Stats.zeros(in_features(r), stream.device) for r in readers]
+
+        def see(module, args):
+            x, index, _ = args
+            for e in index.unique().tolist():
+                here = x[torch.where((index == e).T)[1]]
+                gate, up = ours[e].gate_up_proj(here).chunk(2, -1)
+                a = ours[e].act_fn(gate) * up
+                stats[e].add(a, missing=others[e](here).float() - readers[e](a).float())
+
+        handle = ours.register_forward_pre_hook(see)
+        for rows, call in zip(stream.batches(), stream.calls[stream.at], strict=True):
+            stream.forward(block, rows, call)
+        handle.remove()
+        for e, (s, reader) in enumerate(zip(stats, readers, strict=True)):
+            if s.count and not (factor := s.finish().factor(self.damp, False)).failed and s.missing is not None:
+                W = get_weight(reader, block.originals.get(f"{path}.{e}.down_proj.weight"))
+                _put(block, f"{path}.{e}.down_proj.weight", W + s.missing @ factor.U.T @ factor.U)
+        stored = block.stored[f"{path}.0.down_proj.weight"]
+        return {f"{path}.down_proj": torch.stack([r.weight for r in readers]).to(stored)}
 
     def _solve(self, source: Smaller, block: nn.Module, path: str, seen: Callable, wanted: Callable, stream: Stream) -> dict[str, Tensor]:
         """The new weight or bias of one linear, put into the block; nothing where the whole model's has other outputs."""
@@ -135,7 +171,8 @@ class Refit:
         return made
 
 
-def _instead(scratch, file: str, name: str, t: Tensor) -> Tensor:
+def instead(scratch, file: str, name: str, t: Tensor) -> Tensor:
+    """An edit: the tensor that lies in the scratch, in the place of t."""
     return scratch.read(file, name)
 
 

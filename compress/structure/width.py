@@ -2,7 +2,8 @@
 
 What makes a neuron or a head, and what reads it, goes with it: rows of q, k, v, gate, up, columns of o and down (skeleton.py finds them). The score of a unit
 says what its loss would cost (importance.py); scores are standardised a layer, (s − mean)/std, where one threshold cuts all layers (`across: model`), as
-FLAP does (An et al., arXiv 2312.11983), or each layer loses the same share (`across: layer`), which plain Hugging Face configurations can say.
+FLAP does (An et al., arXiv 2312.11983), or each layer loses the same share (`across: layer`), which plain Hugging Face configurations can say. With a
+`budget` neurons and key-value groups compete: the highest standardised scores stay until what they cost together (cost.py) has used it up.
 
 Nothing makes up for what is cut here: a step `refit` behind it does.
 """
@@ -20,7 +21,9 @@ from ..arch import Arch, table_entry
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
 from ..skeleton import Heads, Neurons, heads, neurons, shape
-from .importance import By, experts, scores
+from ..stream import Stream
+from .cost import Cost, units
+from .importance import By, expert_neurons, experts, scores
 from .smaller import Edit, Smaller, narrower, numbers, picked, spans
 
 
@@ -30,33 +33,44 @@ class Width:
 
     mlp: float = 0.0  # share of all MLP neurons to cut
     groups: float = 0.0  # share of all key-value groups to cut, each with its query heads
+    budget: float = 0.0  # instead of these two: share of what the blocks cost that is to go, from neurons and key-value groups together
+    cost: Cost = "parameters"  # in what the budget is measured (cost.py)
     queries: float = 0.0  # share of the query heads of every group to cut
     experts: float = 0.0  # share of the experts of every layer to cut
+    neurons: float = 0.0  # share of the neurons of every expert to cut
     by: By = "flap"  # how units are scored (importance.py)
     across: Literal["model", "layer"] = "model"  # one threshold for all layers, or the same share of each (plain Hugging Face)
     multiple: int = 8  # MLP widths are multiples of it
     skip: tuple[int, ...] = ()  # blocks that keep their widths; -1: the last
 
     def __post_init__(self):
-        for name in ("mlp", "groups", "queries", "experts"):
+        for name in ("mlp", "groups", "queries", "experts", "neurons", "budget"):
             if not 0 <= getattr(self, name) < 1:
                 raise CompressError(f"width.{name} = {getattr(self, name)}: a share to cut, from 0 to below 1")
+        if self.budget and (self.mlp or self.groups):
+            raise CompressError(f"width.budget = {self.budget} says what neurons and groups cost together: leave mlp and groups out, or budget")
 
     @property
     def needs_text(self) -> bool:
         return self.by not in ("magnitude", "order") or self.experts > 0
 
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
-        """{"mlp": {block: kept neurons, as "0-99 103"}, "heads": {block: kept query heads}, "experts": {block: kept experts}}."""
+        """{"mlp": {block: kept neurons, as "0-99 103"}, "heads": {block: kept query heads}, "experts": {block: kept experts}, "neurons": {block: those of
+        each kept expert, one behind the other}}."""
         self._check(source)
-        found = scores(source, enter, self.by, self.groups > 0 or self.queries > 0) if self.mlp or self.groups or self.queries else {}
-        return self._cut(source, found, experts(source, enter) if self.experts else None)
+        wanted = self.mlp or self.groups or self.queries or self.budget
+        found = scores(source, enter, self.by, bool(self.groups or self.queries or self.budget)) if wanted else {}
+        inside = expert_neurons(source, enter, self.by) if self.neurons else None
+        stream = enter(source, 2) if self.budget and self.cost == "latency" else None
+        return self._plan(self.chosen(source, found, experts(source, enter) if self.experts else None, inside, stream))
 
     def guess(self, source: Checkpoint) -> dict[str, Any]:
-        """The first units of every layer, as many as `measure` will keep of all together."""
+        """The first units of every layer, as many as `measure` will keep of all together; a budget of seconds counts as one of parameters."""
         self._check(source)
-        even = {i: {k: -torch.arange(n, dtype=torch.float64) / n for k, n in units.items()} for i, units in enumerate(_units(source))}
-        return self._cut(source, even, {i: -torch.arange(e, dtype=torch.float64) for i, e in enumerate(_experts(source)) if e})
+        even = {i: {k: -torch.arange(n, dtype=torch.float64) / n for k, n in n_.items()} for i, n_ in enumerate(_units(source))}
+        counts = {i: (e, n) for i, (e, n) in enumerate(_experts(source)) if e}
+        return self._plan(self.chosen(source, even, {i: -torch.arange(e, dtype=torch.float64) for i, (e, _) in counts.items()},
+                                      {i: -torch.arange(n, dtype=torch.float64).expand(e, n) for i, (e, n) in counts.items()}))  # fmt: skip
 
     def apply(self, source: Checkpoint, plan: dict[str, Any], scratch=None) -> Checkpoint:
         blocks: list[dict[str, Any]] = [{} for _ in range(source.num_blocks)]
@@ -75,58 +89,121 @@ class Width:
                 for maker in coupled.makers:
                     edits |= picked(source.model, f"{prefix}.{maker}", rows=coupled.rows(shape(block.get_submodule(maker))[0], keep))
         view = narrower(source, blocks, edits) if edits else source
+        view = _narrower_experts(view, plan["neurons"]) if plan.get("neurons") else view
         return _fewer_experts(view, plan["experts"]) if plan["experts"] else view
 
     # ---- which units stay
 
-    def _cut(self, source: Checkpoint, found: dict[int, dict[str, Tensor]], routed: dict[int, Tensor] | None) -> dict[str, Any]:
+    def chosen(self, source: Checkpoint, found: dict[int, dict[str, Tensor]], routed: dict[int, Tensor] | None = None,
+               inside: dict[int, Tensor] | None = None, stream: Stream | None = None) -> dict[str, dict[int, list[int]]]:  # fmt: skip
+        """What stays of units with these scores: {"mlp", "heads", "experts", "neurons"} as in the plan, as numbers. stream: where `latency` is measured."""
         left = {i % source.num_blocks for i in self.skip}
         open_ = {i: s for i, s in found.items() if i not in left}
-        plan: dict[str, Any] = {"mlp": {}, "heads": {}, "experts": {}}
-        if self.mlp:
-            plan["mlp"] = self._threshold({i: s["mlp"] for i, s in open_.items() if "mlp" in s}, self.mlp, self.multiple)
+        plan: dict[str, dict[int, list[int]]] = {"mlp": {}, "heads": {}, "experts": {}, "neurons": {}}
+        arch = _arch(source)
+        mlp = {i: s["mlp"] for i, s in open_.items() if "mlp" in s}
+        grouped = {i: s["heads"].view(_heads(arch, source, i).groups, -1) for i, s in open_.items() if "heads" in s and not arch.fixed_heads}  # [groups, per]
+        stay: dict[int, list[int]] = {}
+        if self.budget:
+            plan["mlp"], stay = self._within(source, mlp, {i: s.sum(1) for i, s in grouped.items()}, stream)
+        elif self.mlp:
+            plan["mlp"] = self._threshold(mlp, self.mlp, self.multiple)
         if self.groups or self.queries:
-            arch = _arch(source)
-            group = {i: s["heads"].view(_heads(arch, source, i).groups, -1) for i, s in open_.items() if "heads" in s}  # [groups, heads of a group]
-            stay = self._threshold({i: s.sum(1) for i, s in group.items()}, self.groups, 1)
-            for i, s in group.items():
-                per = s.shape[1]
-                keep = per - round(self.queries * per)
-                if keep < 1:
-                    raise CompressError(f"{source.name}: width.queries = {self.queries} leaves no query head in a group of {per}")
-                best = s.topk(keep, dim=1).indices.sort(dim=1).values
-                plan["heads"][i] = [g * per + h for g in stay[i] for h in best[g].tolist()]
+            stay = self._threshold({i: s.sum(1) for i, s in grouped.items()}, self.groups, 1)
+        for i, s in grouped.items() if self.groups or self.queries or self.budget else ():
+            per = s.shape[1]
+            keep = per - round(self.queries * per)
+            if keep < 1:
+                raise CompressError(f"{source.name}: width.queries = {self.queries} leaves no query head in a group of {per}")
+            best = s.topk(keep, dim=1).indices.sort(dim=1).values
+            plan["heads"][i] = [g * per + h for g in stay[i] for h in best[g].tolist()]
         if self.experts and routed:
             plan["experts"] = self._threshold(routed, self.experts, 1, "layer")
-        return {kind: {str(i): spans(kept) for i, kept in found.items()} for kind, found in plan.items()}
+        if self.neurons and inside:
+            for i, s in inside.items():  # numbered through all experts; every expert keeps as many
+                keep = max(1, round(s.shape[1] * (1 - self.neurons) / self.multiple)) * self.multiple
+                plan["neurons"][i] = (s.topk(keep, dim=1).indices.sort(dim=1).values + torch.arange(len(s))[:, None] * s.shape[1]).flatten().tolist()
+        return plan
+
+    @staticmethod
+    def _plan(chosen: dict[str, dict[int, list[int]]]) -> dict[str, Any]:
+        return {kind: {str(i): spans(kept) for i, kept in found.items()} for kind, found in chosen.items()}
 
     def _threshold(self, units: dict[int, Tensor], share: float, multiple: int, across: str = "") -> dict[int, list[int]]:
         """Units that stay, layer by layer, in their order; every layer keeps `multiple` at least, and the sum is that of the share."""
         if (across or self.across) == "layer":
-            keep = {i: max(multiple, round(len(s) * (1 - share) / multiple) * multiple) for i, s in units.items()}
+            return {i: _best({i: s}, dict.fromkeys(units, 1.0), {i: multiple}, max(multiple, round(len(s) * (1 - share) / multiple) * multiple))[i]
+                    for i, s in units.items()}  # fmt: skip
+        allowed = round(sum(map(len, units.values())) * (1 - share) / multiple) * multiple
+        return _best(units, dict.fromkeys(units, 1.0), dict.fromkeys(units, multiple), allowed)
+
+    def _within(self, source: Checkpoint, mlp: dict[int, Tensor], groups: dict[int, Tensor], stream: Stream | None
+                ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:  # fmt: skip
+        """Neurons and key-value groups that stay, of all layers or of each, whose costs leave `budget` of what the blocks cost."""
+        cost = {i: units(source, i, self.cost, stream) for i in range(source.num_blocks)}
+        candidates: dict[Any, Tensor] = {(i, kind): s for kind, found in (("mlp", mlp), ("heads", groups)) for i, s in found.items()}
+        price, steps = {key: cost[key[0]][key[1]] for key in candidates}, {key: self.multiple if key[1] == "mlp" else 1 for key in candidates}
+        open_, whole = sum(price[key] * len(s) for key, s in candidates.items()), sum(c[""] for c in cost.values())
+        allowed = open_ - self.budget * whole
+        if allowed < (least := sum(price[key] * step for key, step in steps.items())):
+            raise CompressError(f"{source.name}: width.budget = {self.budget} of the {self.cost}: at most {(open_ - least) / whole:.2f} can be cut")
+        if self.across == "layer":  # as many of each kind in every layer: what the mean layer would keep
+            layers = len({i for i, _ in candidates})
+            ranked: dict[Any, list[Tensor]] = {}
+            for (_, kind), s in candidates.items():
+                ranked.setdefault(kind, []).append(_standard(s).sort(descending=True).values)
+            if odd := [kind for kind, found in ranked.items() if len({len(s) for s in found}) > 1]:
+                raise CompressError(f"{source.name}: width.across = layer: its layers differ in {odd[0]}; use across: model")
+            mean = {kind: torch.stack(found).mean(0) for kind, found in ranked.items()}
+            paid = {kind: sum(p for (_, k), p in price.items() if k == kind) / layers for kind in mean}
+            kept = _best(mean, paid, {kind: self.multiple if kind == "mlp" else 1 for kind in mean}, allowed / layers)
+            stay = {key: _first(s, len(kept[key[1]])) for key, s in candidates.items()}
         else:
-            z = {i: (s - s.mean()) / s.std().clamp(min=1e-30) if len(s) > 1 else s * 0 for i, s in units.items()}
-            chunks = []  # the best units of a layer are taken together, `multiple` at a time, in the order of their mean score
-            for i, s in z.items():
-                ranked = s.sort(descending=True, stable=True).values[: len(s) // multiple * multiple].view(-1, multiple).mean(1)
-                chunks += [(-float(v), i, k) for k, v in enumerate(ranked)][1:]
-            total = round(sum(map(len, units.values())) * (1 - share) / multiple) - len(units)
-            keep = dict.fromkeys(units, multiple)
-            for _, i, _ in sorted(chunks)[: max(0, total)]:
-                keep[i] += multiple
-        return {i: s.sort(descending=True, stable=True).indices[: keep[i]].sort().values.tolist() for i, s in units.items()}
+            stay = _best(candidates, price, steps, allowed)
+        return {i: stay[i, "mlp"] for i in mlp}, {i: stay[i, "heads"] for i in groups}
 
     def _check(self, source: Checkpoint) -> None:
         arch = _arch(source)
         if (self.groups or self.queries) and arch.fixed_heads:
             raise CompressError(f"{source.name}: width: no head of {source.config.model_type} can be cut: {arch.fixed_heads}; cut neurons (mlp: …)")
-        if self.experts and not any(_experts(source)):
-            raise CompressError(f"{source.name}: width.experts = {self.experts}: {source.config.model_type} has no routed experts; cut neurons (mlp: …)")
+        if (self.experts or self.neurons) and not any(e for e, _ in _experts(source)):
+            raise CompressError(f"{source.name}: width.{'experts' if self.experts else 'neurons'} = {self.experts or self.neurons}: "
+                                f"{source.config.model_type} has no routed experts; cut neurons (mlp: …)")  # fmt: skip
+        if self.neurons and self.by not in ("flap", "activation", "magnitude"):
+            raise CompressError(f"width.neurons: those of experts are scored by flap, activation or magnitude, not by {self.by}")
         units = _units(source)
         if self.mlp and not any("mlp" in u for u in units):
             raise CompressError(f"{source.name}: width.mlp = {self.mlp}: no block of {source.config.model_type} has a dense MLP; cut experts (experts: …)")
         if self.groups and all(u.get("heads", 0) and _heads(arch, source, i).groups == 1 for i, u in enumerate(units)):
             raise CompressError(f"{source.name}: width.groups = {self.groups}: all query heads share one key-value group; cut query heads (queries: …)")
+
+
+def _best(units: dict[Any, Tensor], price: dict[Any, float], steps: dict[Any, int], allowed: float) -> dict[Any, list[int]]:
+    """The units of highest standardised score whose prices add up to what is allowed, in their order; of each kind as many as its step at least.
+
+    The best of a kind are taken together, a step at a time, in the order of their mean score.
+    """
+    chunks = []
+    for k, (key, s) in enumerate(units.items()):
+        ranked = _standard(s).sort(descending=True, stable=True).values[: len(s) // steps[key] * steps[key]].view(-1, steps[key]).mean(1)
+        chunks += [(-float(v), k, n, key) for n, v in enumerate(ranked)][1:]
+    keep, spent = dict(steps), sum(price[key] * n for key, n in steps.items())
+    closed = set()  # a kind whose next step costs too much
+    for _, _, _, key in sorted(chunks, key=lambda c: c[:3]):
+        if key not in closed and spent + price[key] * steps[key] <= allowed * (1 + 1e-12):
+            keep[key], spent = keep[key] + steps[key], spent + price[key] * steps[key]
+        else:
+            closed.add(key)
+    return {key: _first(s, keep[key]) for key, s in units.items()}
+
+
+def _standard(s: Tensor) -> Tensor:
+    return (s - s.mean()) / s.std().clamp(min=1e-30) if len(s) > 1 else s * 0
+
+
+def _first(s: Tensor, count: int) -> list[int]:
+    """The places of the highest scores, ascending."""
+    return s.sort(descending=True, stable=True).indices[:count].sort().values.tolist()
 
 
 def _arch(source: Checkpoint) -> Arch:
@@ -159,6 +236,7 @@ def _units(source: Checkpoint) -> list[dict[str, int]]:
 
 # ---- experts
 
+UP, DOWN = "experts.gate_up_proj", "experts.down_proj"  # [experts, 2·neurons, width] and [experts, width, neurons]
 
 def _stacks(source: Checkpoint, i: int) -> dict[str, int]:
     """Tensors of block i with an entry an expert, by their names in the block, and how many experts that is."""
@@ -168,8 +246,34 @@ def _stacks(source: Checkpoint, i: int) -> dict[str, int]:
     return {n: count for n in routed if count and len(state[n]) == count}
 
 
-def _experts(source: Checkpoint) -> list[int]:
-    return [max(_stacks(source, i).values(), default=0) for i in range(source.num_blocks)]
+def _experts(source: Checkpoint) -> list[tuple[int, int]]:
+    """How many experts every block has, and neurons in each."""
+    found = []
+    for i in range(source.num_blocks):
+        state = source.model.get_submodule(source.block_name(i)).state_dict()
+        down = next((t for n, t in state.items() if n.endswith(DOWN)), None)
+        found.append((max(_stacks(source, i).values(), default=0), 0 if down is None else down.shape[2]))
+    return found
+
+
+def _narrower_experts(source: Checkpoint, kept: dict[str, str]) -> Checkpoint:
+    """Every expert keeps as many neurons as the first plan entry says; the configuration's one width for all becomes that."""
+    edits: dict[str, Edit] = {}
+    counts, known = _experts(source), source.config.to_dict()
+    for i, text in kept.items():
+        experts, width = counts[int(i)]
+        keep = torch.tensor(numbers(text)).view(experts, -1) % width  # [experts, kept]
+        name = source.block_name(int(i)) + "."
+        stem = next(n for n in source.model.get_submodule(name[:-1]).state_dict() if n.endswith(DOWN)).removesuffix(DOWN)
+        edits[name + stem + DOWN] = partial(_gather, keep=keep, axis=2)
+        edits[name + stem + UP] = partial(_gather, keep=torch.cat([keep, keep + width], 1), axis=1)
+    option = "moe_intermediate_size" if "moe_intermediate_size" in known else "intermediate_size"
+    return Smaller(source, changes={option: keep.shape[1]}, edits=edits)
+
+
+def _gather(t: Tensor, keep: Tensor, axis: int) -> Tensor:
+    """The entries keep[e] of t[e] along an axis."""
+    return torch.stack([each.index_select(axis - 1, k) for each, k in zip(t, keep, strict=True)])
 
 
 def _fewer_experts(source: Checkpoint, kept: dict[str, str]) -> Checkpoint:

@@ -1,0 +1,100 @@
+"""Cost: what attention and MLP of a block take, in the measure that a budget is given in.
+
+    parameters   numbers                     bytes    as they are stored
+    flops        of one token: 2 a weight of a linear, and 4·dim a query head for each of the 1024 tokens it looks back on
+    latency      measured seconds of a forward pass on this machine: the block's, less the block's without that sublayer
+
+A unit (a neuron, a key-value group) costs its share of the sublayer that it is part of: exact for the first three, as far as a machine is even for the last.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..arch import table_entry
+from ..checkpoint import Checkpoint
+from ..skeleton import Heads, Neurons, heads, neurons
+from ..stream import StandIn, Stream
+from .drop import sublayer
+
+Cost = Literal["parameters", "flops", "bytes", "latency"]
+CONTEXT = 1024  # tokens that attention looks back on, where FLOPs are counted
+
+
+def count(source: Checkpoint, i: int, modules: list[nn.Module], cost: Cost) -> float:
+    """Of all that these modules of block i hold, the scores of attention apart; `latency` counts as parameters do."""
+    names = {id(p): name for name, p in source.model.get_submodule(source.block_name(i)).named_parameters()}
+    found = {id(p): p for m in modules for p in m.parameters()}
+    if cost == "flops":
+        return 2.0 * sum(p.numel() for p in found.values() if p.dim() > 1)
+    size = lambda key: source.dtype_of(f"{source.block_name(i)}.{names[key]}").itemsize if cost == "bytes" else 1
+    return float(sum(p.numel() * size(key) for key, p in found.items()))
+
+
+def scores(source: Checkpoint, i: int, cost: Cost) -> float:
+    """FLOPs that attention of block i spends on queries times keys and on weights times values."""
+    arch = table_entry(source.model)
+    attention = arch and heads(arch, source.model.get_submodule(source.block_name(i)))
+    return 4.0 * CONTEXT * attention.heads * attention.dim if attention and cost == "flops" else 0.0
+
+
+def units(source: Checkpoint, i: int, cost: Cost, stream: Stream | None = None) -> dict[str, float]:
+    """{"mlp": of a neuron, "heads": of a key-value group, "": of the block as a whole}. stream: in front of block i, for `latency`; it stays there."""
+    arch, block = table_entry(source.model), source.model.get_submodule(source.block_name(i))
+    assert arch is not None
+    parts = {"mlp": neurons(arch, block), "attention": heads(arch, block)}
+    real = source.load_block(i, stream.device) if cost == "latency" and stream is not None else None
+    found = {"": count(source, i, [block], cost) + scores(source, i, cost) if real is None or stream is None else seconds(stream, i, real, None)}
+
+    def of(what: str) -> float:
+        if real is not None and stream is not None:
+            return max(0.0, found[""] - seconds(stream, i, real, sublayer(source, i, what)))
+        c = parts[what]
+        assert c is not None
+        return count(source, i, [block.get_submodule(path) for path in (c.reader, *c.makers)], cost) + (scores(source, i, cost) if what == "attention" else 0)
+
+    if isinstance(c := parts["mlp"], Neurons):
+        found["mlp"] = of("mlp") / c.width
+    if isinstance(c := parts["attention"], Heads) and not arch.fixed_heads:
+        found["heads"] = of("attention") / c.groups
+    return found
+
+
+def sublayers(source: Checkpoint, i: int, cost: Cost, stream: Stream) -> dict[str, float]:
+    """{child: what it costs} for attention and MLP of block i; "" is what belongs to neither. stream: in front of block i; it stays there."""
+    children, real = [sublayer(source, i, what) for what in ("attention", "mlp")], source.load_block(i, stream.device)
+    if cost == "latency":
+        whole, *rest = (seconds(stream, i, real, child) for child in (None, *children))
+        found = {child: max(0.0, whole - left) for child, left in zip(children, rest, strict=True)}
+    else:
+        block = source.model.get_submodule(source.block_name(i))
+        whole = count(source, i, [block], cost) + scores(source, i, cost)
+        found = {child: count(source, i, [block.get_submodule(child)], cost) for child in children}
+        found[children[0]] += scores(source, i, cost)
+    return found | {"": max(0.0, whole - sum(found.values()))}
+
+
+@torch.no_grad()
+def seconds(stream: Stream, i: int, block: nn.Module, absent: str | None) -> float:
+    """Median of seven passes of the first batch through block i, its child `absent` not computed."""
+    rows, call, known = next(stream.batches()), stream.calls[i][0], list[Any]()
+    if absent:
+        child = block.get_submodule(absent)
+        handle = child.register_forward_hook(lambda module, args, y: known.append(tree_map(lambda t: t * 0 if isinstance(t, Tensor) else t, y)))
+        stream.forward(block, rows, call)
+        handle.remove()
+        block.set_submodule(absent, StandIn(child, lambda args, kwargs: known[0]))
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        stream.forward(block, rows, call)
+        times.append(time.perf_counter() - started)
+    if absent:
+        block.set_submodule(absent, child)
+    return median(times[1:])
