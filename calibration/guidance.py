@@ -1,9 +1,9 @@
 """Guidance: how much each token of the calibration text, and each output, matters to the end of the model, layer by layer.
 
-    s_t = mean_j (∂L/∂y_tj)²,   a_j = mean_t (∂L/∂y_tj)²          y = Wx the output of a linear,  L = −log p(sampled next token)
+    s_t = mean_j (∂L/∂y_tj)² over the outputs j of a group,   a_j = mean_t (∂L/∂y_tj)²          y = Wx the output of a linear,  L = −log p(sampled next token)
 
 Weighing the Hessian's tokens by s, H = Σ_t s_t x_t x_tᵀ, makes a layer-wise solver spend its bits where an error would change what the model says
-(GuidedQuant, arXiv 2505.07004, with one group of outputs). a says the same of outputs: it decides where rows of a layer, or layers, compete (masks, low
+(GuidedQuant, arXiv 2505.07004). a says the same of outputs: it decides where rows of a layer, or layers, compete (masks, low
 rank, schedules). Labels are sampled from the model itself, which makes L's curvature that of the KL divergence. One forward and one backward pass, a
 block at a time: the states between blocks are kept (on disk past a limit), activations never.
 """
@@ -20,13 +20,19 @@ from transformers.pytorch_utils import Conv1D
 from ..stream import Stream
 from . import hidden
 
+GROUPS = 4  # of consecutive outputs, whose tokens are weighed apart where a method asks; fewer are means of these
+
 
 @dataclass(frozen=True)
 class Guidance:
     """What one linear's gradient says of its tokens and of its outputs."""
 
-    tokens: Tensor  # s [tokens] fp32, mean 1
+    tokens: Tensor  # s [GROUPS, tokens] fp32, mean 1: for each quarter of the outputs
     outputs: Tensor  # [out] fp32, mean over tokens of (∂L/∂y_tj)²: comparable between layers
+
+    def of(self, groups: int) -> Tensor:
+        """[groups, tokens]: for so many groups of outputs, a divisor of GROUPS."""
+        return self.tokens.view(groups, -1, self.tokens.shape[1]).mean(1)
 
 
 def guide(stream: Stream, seed: int = 0) -> list[dict[str, Guidance]]:
@@ -44,7 +50,7 @@ def guide(stream: Stream, seed: int = 0) -> list[dict[str, Guidance]]:
     for i in reversed(range(source.num_blocks)):
         block = source.load_block(i, device)
         linears = [path for path, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-        found = {path: torch.zeros(stream.tokens.numel()) for path in linears}
+        found = {path: torch.zeros(GROUPS, stream.tokens.numel()) for path in linears}
         outputs: dict[str, Tensor] = {}
         for rows, (args, kwargs) in zip(stream.batches(), calls[i], strict=True):
             at = slice(rows.start * stream.tokens.shape[1], rows.start * stream.tokens.shape[1] + stream.tokens[rows].numel())
@@ -57,17 +63,16 @@ def guide(stream: Stream, seed: int = 0) -> list[dict[str, Guidance]]:
             for handle in handles:
                 handle.remove()
         states.pop()
-        weights.insert(0, {path: Guidance(s / s.mean(), outputs[path] / len(s)) for path, s in found.items() if torch.isfinite(s).all() and s.mean() > 0})
+        weights.insert(0, {path: Guidance(s / s.mean(), outputs[path] / s.shape[1]) for path, s in found.items() if torch.isfinite(s).all() and s.mean() > 0})
     return weights
 
 
 def _watch(found: dict[str, Tensor], outputs: dict[str, Tensor], path: str, at: slice, module: nn.Module, args: tuple, y: Tensor) -> None:
     def note(gradient: Tensor) -> None:
         g = gradient.float().square().flatten(0, -2)
-        s = g.mean(-1).cpu()
         if path in found:
-            if len(s) == at.stop - at.start:
-                found[path][at] = s
+            if len(g) == at.stop - at.start:
+                found[path][:, at] = torch.stack([part.mean(-1) for part in g.tensor_split(GROUPS, dim=1)]).cpu()
                 outputs[path] = outputs.get(path, 0) + g.sum(0).cpu()
             else:
                 del found[path]

@@ -111,6 +111,12 @@ class Stats:
             self.means = {name: mean / self.total for name, mean in self.means.items()}
         return self
 
+    def rows(self, part: slice) -> Stats:
+        """The same for some of the outputs of the linear that asks. Factors and fallbacks are shared."""
+        cut = lambda t: None if t is None else t[part]
+        means = self.means if "missing" not in self.means else self.means | {"missing": self.means["missing"][part]}
+        return replace(self, missing=cut(self.missing), gradient=cut(self.gradient), means=means, _centred=None)
+
     def centred(self) -> Stats:
         """The same about the means: what a layer whose bias is free answers for. Fallbacks are shared."""
         if self._centred is None:

@@ -19,7 +19,7 @@ from .artifact import PROBE, Fallback, LayerRecord, Manifest, Writer, totals
 from .checkpoint import Checkpoint, Entry, read_headers
 from .errors import CompressError
 from .export import awq, bitsandbytes, compressed_tensors, gptq
-from .formats import FloatBlock, Format, IntGroup, Lut
+from .formats import FloatBlock, Format, IntGroup, Lut, join_rows
 from .linear import set_weight
 from .stream import Stream
 from .version import __version__
@@ -93,24 +93,9 @@ class Packed(Checkpoint):
                          if pattern == p and re.search(rf"\.{e}\.", key.removeprefix(self.block_name(i)))]  # fmt: skip
                 if any(m not in self.packed for m in parts):
                     raise CompressError(f"{self.name}: {group.target}: only some of its parts are quantized")
-                found[f"{parent}.{e}.{leaf}"] = _stacked([self.format(m) for m in parts], f"{group.target}[{e}]")
+                found[f"{parent}.{e}.{leaf}"] = join_rows([self.format(m) for m in parts], f"{group.target}[{e}]")
         return found
 
-
-def _stacked(parts: list[Packable], where: str) -> Packable:
-    """Rows of one weight below those of the other."""
-    if len({p.describe() for p in parts}) > 1:
-        raise CompressError(f"{where}: its parts differ: {' and '.join(p.describe() for p in parts)}")
-    first, joined = parts[0], {name: torch.cat([p.tensors()[name] for p in parts]) for name in parts[0].tensors()}
-    if isinstance(first, IntGroup):
-        zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts if isinstance(p, IntGroup)]).to(torch.uint8)
-        return IntGroup.pack(torch.cat([p.unpack() for p in parts]), joined["scales"], zeros, first.bits_per_code)  # zero points are packed across rows
-    if isinstance(first, Lut):
-        return Lut(joined["codes"], first.table, joined["scales"], (len(joined["codes"]), first.shape[1]), first.name)
-    divisors = {float(p.divisor) for p in parts if isinstance(p, FloatBlock) and p.divisor is not None}
-    if first.block[0] > 1 or len(divisors) > 1:
-        raise CompressError(f"{where}: its parts have scales that one {first.describe()} cannot hold")
-    return FloatBlock(joined["codes"], joined["scales"], first.divisor, first.name)
 
 
 def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:

@@ -26,13 +26,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .allocate import Cut, Front, Group, Solution, Watch, either, joined, knapsack, shifted
+from .allocate import Cut, Group, Solution, Watch
 from .arch import table_entry
 from .artifact import writing
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .formats import Format
 from .judge import Judge, Weights
+from .knapsack import Front, either, joined, knapsack, shifted
 from .latency import children_of
 from .linear import get_weight
 from .skeleton import neurons

@@ -22,10 +22,12 @@ from .experts import unfuse_experts
 from .export import as_floats, can_export
 from .linear import get_weight
 from .methods import GPTQ, LNQ, TrellisCoding
+from .precision import mixed
 from .recipe import Recipe, Step, nearest
 from .walk import KEEP_LIMIT, RELEASE, STATS_LIMIT, bundles, pieces
 
 OVERHEAD = 220 << 20  # bytes: importing compress, reading the configuration and the text (torch 2.13, transformers 5.23)
+WIDTHS = 3  # times the work of a layer that comparing widths takes, about: more of them than that, but plain
 EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
 SCHEDULE_WINDOWS = 32  # what outputs and layers count is an average over so many; only tokens that are weighed each need a gradient
 
@@ -131,6 +133,8 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     if recipe.schedule:
         needs |= {"gradient"} if recipe.schedule.by == "gradient" else set()
         work += sum(min(tokens, SCHEDULE_WINDOWS * seqlen) * 2.0 * r.shape[0] * r.shape[1] for r in rows if r.method)
+        if recipe.schedule.bits:
+            work += sum(WIDTHS * solver_work(step.build(), *r.shape) for r in rows if (step := recipe.step_for(r.name)) is not None and mixed(step))
     guided = bool(needs & {"guidance", "gradient"})
     twice = "cross" in needs or recipe.tune is not None or recipe.distill is not None  # the original model's states travel along
     work *= 1 + 0.6 * twice
@@ -170,6 +174,9 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     late = ["ranks follow from the energy, once calibration has seen it: bytes are those of the recipe's ratio until then"]
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
     warnings += late if recipe.schedule and recipe.schedule.energy else []
+    if recipe.schedule and recipe.schedule.bits and any(mixed(step) for step in recipe.steps):
+        warnings.append("bits and group sizes follow from the schedule, once calibration has been seen: bytes are those of the recipe's own, which are never "
+                        "passed; consumers are judged by them too, schedule.bits=0 keeps them everywhere")  # fmt: skip
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 8 * after / parameters, 8 * after / parameters,
                 OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states),

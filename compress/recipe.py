@@ -232,8 +232,9 @@ def about(recipe: Recipe) -> dict[str, Any]:
     """{"description", "bits": of a 4096 × 4096 bf16 layer, one a step, "needs": what a run of it asks for}."""
     built = [step.build() for step in recipe.steps]
     needs = frozenset[str]().union(*(method.needs for method in built))
+    gradients = "guidance" in needs or (recipe.schedule is not None and recipe.schedule.by == "gradient")
     asks = ((recipe.distill, "text; gradients of the whole model, in memory"), (recipe.heal, "text; trains the whole model at the end"),
-            ("guidance" in needs, "text; gradients of the whole model, a block at a time"), (recipe.tune, "text; trains each block"),
+            (gradients, "text; gradients of the whole model, a block at a time"), (recipe.tune, "text; trains each block"),
             (any(step.needs_text for step in recipe.structural()), "text, through the model as often as choices are compared"),
             ("cross" in needs, "text, twice through the model"), (needs or recipe.blocks or recipe.transforms, "text, once through the model"),
             (True, "nothing: seconds"))  # fmt: skip

@@ -6,8 +6,9 @@ s is a layer's share of zeros, or of parameters that go away. What the next numb
 saliency of optimal brain surgery; a rank a singular value of √a W chol(H_d), squared, over the m + n numbers it stores. Layers are made comparable by
 a: the squared gradient of the model's loss at each output, or one over what the layer puts out. One threshold for all layers is then a global mask (or
 a global cut of singular values), held within `spread` of the uniform share, beyond which the closed forms are no longer true. `outliers` is OWL (Yin et
-al., arXiv 2310.05175): layers with more weights of 5 times the mean score |w|·‖x‖ keep more. `energy` asks for quality in the place of a budget: each
-layer has the rank that keeps so much of its output. Measured on the original model, on a few windows, before anything is compressed.
+al., arXiv 2310.05175): layers with more weights of 5 times the mean score |w|·‖x‖ keep more. Integers give up bits (precision.py).
+`energy` asks for quality in the place of a budget: each layer has the rank that keeps so much of its output. Measured on the original model, on a few
+windows, before anything is compressed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
 from .linear import get_weight
+from .precision import Ladder, ladder, mixed
+from .precision import chosen as chosen_bits
 from .stream import Stream, sites_of
 from .walk import bundles, stages
 
@@ -40,11 +43,14 @@ class Schedule:
 
     by: Literal["gradient", "error", "outliers"] = "gradient"  # what makes layers comparable: the loss's gradient, relative errors, or OWL's outliers
     spread: float = 0.2  # the most by which a layer's share of zeros, or of parameters gone, may differ from the recipe's
+    bits: int = 1  # for integers: layers may have so many bits fewer than the recipe says, or one more than so many more; 0: all alike
     energy: float = 0.0  # svd only, in the place of a budget: the share of its output that every layer keeps, which sets its rank; 0: by budget
 
     def __post_init__(self):
         if not 0 <= self.spread < 1 or not 0 <= self.energy < 1:
             raise CompressError(f"spread {self.spread} and energy {self.energy} must lie from 0 to below 1; 0.2 and 0 are usual")
+        if not 0 <= self.bits <= 6:
+            raise CompressError(f"bits {self.bits}: layers may differ by 0 to 6 bits; 1 is usual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,30 +74,36 @@ def share_of(step: Step, where: str) -> tuple[str, float]:
     for option in ("sparsity", "ratio"):
         if hasattr(method, option):
             return option, getattr(method, option)
-    raise CompressError(f"{where}: {step.method} has neither sparsity nor ratio for a schedule to set; leave the schedule out, or use admm or svd")
+    raise CompressError(f"{where}: {step.method} has neither sparsity, ratio nor whole bits for a schedule to set; leave the schedule out, "
+                        "or use admm, svd or gptq")  # fmt: skip
 
 
 def scheduled(recipe: Recipe, source: Checkpoint, stream: Stream, guidance: list[dict[str, Guidance]] | None, note: Callable[[str, str, str], None]) -> Recipe:
     """The recipe with a step of its own for every layer. `stream` stands in front of block 0 and is used up."""
     assert recipe.schedule is not None
-    layers: list[Layer] = []
+    layers, ladders = list[Layer](), list[Ladder]()
     for i in range(source.num_blocks):
         block, name = source.load_block(i, stream.device), source.block_name(i)
         sites = sites_of(source, block, stream)
         stats = {k: s for stage in stages(block, list(sites), False) for k, s in stream.collect(block, {s.name: s.linears[0] for s in stage}).items()}
         for site in sites:
             steps = {path: step for path in site.linears if (step := recipe.step_for(f"{name}.{path}")) is not None}
-            for paths in bundles(steps, {path: step.build() for path, step in steps.items()}):
+            for paths in _together(steps):
                 if site.name not in stats or (guidance is not None and any(path not in guidance[i] for path in paths)):
                     note("not scheduled", f"{name}.{site.name}", "no token or no gradient was seen here: it gives up what the recipe says")
                     continue
-                W = torch.cat([get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight")) for path in paths])
-                gradient = torch.cat([guidance[i][path].outputs for path in paths]).to(W)[:, None] if guidance and recipe.schedule.by == "gradient" else None
-                layers.append(_layer(recipe.schedule, tuple(f"{name}.{path}" for path in paths), steps[paths[0]], block.stored[f"{paths[0]}.weight"], W,
-                                     stats[site.name], gradient))  # fmt: skip
+                names, step, stored = tuple(f"{name}.{path}" for path in paths), steps[paths[0]], block.stored[f"{paths[0]}.weight"]
+                parts = [get_weight(block.get_submodule(path), block.originals.get(f"{path}.weight")) for path in paths]
+                gradient = [guidance[i][path].outputs.to(parts[0])[:, None] for path in paths] if guidance and recipe.schedule.by == "gradient" else None
+                if mixed(step):
+                    counts = gradient or [1 / _energy(W, stats[site.name].hessian) for W in parts]
+                    ladders.append(ladder(names, step, recipe.schedule.bits, parts, stored, stats[site.name], counts))
+                else:
+                    a = torch.cat(gradient) if gradient else None
+                    layers.append(_layer(recipe.schedule, names, step, stored, torch.cat(parts), stats[site.name], a))
         stream.advance(block)
-    chosen = {layer: layer.energy for layer in layers} if recipe.schedule.energy else _shares(recipe.schedule, layers)
-    own: list[Step] = []
+    chosen = {layer: layer.energy for layer in layers} if recipe.schedule.energy else _shares(recipe.schedule, layers) if layers else {}
+    own: list[Step] = chosen_bits(ladders) if ladders else []
     for layer, share in chosen.items():
         option, _ = share_of(layer.step, layer.names[0])
         if recipe.schedule.energy and not share:
@@ -100,8 +112,23 @@ def scheduled(recipe: Recipe, source: Checkpoint, stream: Stream, guidance: list
     return recipe.model_copy(update={"steps": (*own, *recipe.steps)})
 
 
+def _together(steps: dict[str, Step]) -> list[list[str]]:
+    """Linears of one site that are scheduled as one: factored jointly, or integers by one step."""
+    found: dict[int, list[str]] = {}
+    for path, step in steps.items():
+        if mixed(step):
+            found.setdefault(id(step), []).append(path)
+    others = {path: step for path, step in steps.items() if not mixed(step)}
+    return [*found.values(), *bundles(others, {path: step.build() for path, step in others.items()})]
+
+
 def _range(schedule: Schedule, share: float) -> Tensor:
     return torch.linspace(max(0.0, share - schedule.spread), min(0.99, share + schedule.spread), STEPS, dtype=torch.float64)
+
+
+def _energy(W: Tensor, H: Tensor) -> Tensor:
+    """tr W H Wᵀ, by which errors of different layers compare where no gradient does it."""
+    return ((W @ H) * W).sum().clamp(min=1e-30)
 
 
 def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, stored: torch.dtype, W: Tensor, stats: Stats, a: Tensor | None) -> Layer:
@@ -110,7 +137,7 @@ def _layer(schedule: Schedule, names: tuple[str, ...], step: Step, stored: torch
     factor = stats.factor(0.01, False)
     Hd = torch.eye(n, dtype=W.dtype, device=W.device) if factor.failed else stats.hessian + stats.ridge(factor).diag()
     if a is None:
-        a = torch.full_like(W[:, :1], 1 / max(float(((W @ Hd) * W).sum()), 1e-30))
+        a = 1 / _energy(W, Hd).expand(m, 1)
     score, energy = W.abs() * Hd.diagonal().sqrt(), 0.0
     if option == "sparsity":
         gains = (a * W.square() / factor.U.square().sum(0)).flatten().sort().values

@@ -222,7 +222,8 @@ class Stream:
         """Second moments of the inputs of several modules in one pass: {name: module path in the block} → {name: Stats}.
 
         `keep` remembers the input of a single site for `freeze`. `original`, another stream of the same tokens and the block as it was, adds the
-        cross moments with the inputs that the original model has there. `weights` {name: [tokens]} says what each token counts.
+        cross moments with the inputs that the original model has there. `weights` {name: [tokens] or [k, tokens]} says what each token counts; in
+        k ways, it gives k statistics: name, name#1, name#2, …
         """
         stats: dict[str, Stats] = {}
         self._inputs = Kept()
@@ -239,19 +240,21 @@ class Stream:
             valid = None if self.mask is None else self.mask[rows].to(self.device).flatten()
 
             def add(name, x, residual, rows=rows, theirs=theirs, valid=valid):
-                site = stats.get(name)
-                if site is None:
-                    site = stats[name] = Stats.zeros(x.shape[-1], x.device)
                 x = x.reshape(-1, x.shape[-1])
-                if len(x) != self.tokens[rows].numel():  # an expert's tokens: they do not tell where they came from
-                    if valid is not None:
-                        site.note("padding not excluded", "the tokens of a routed expert do not tell which are padding")
-                    return site.add(x)
-                other, wanted = theirs.get(name, (None, None))
-                missing = None if residual is None else wanted.float() - residual.float()
-                weight = None if weights is None or name not in weights else weights[name].view(len(self.tokens), -1)[rows].to(x.device)
-                pieces = [None if t is None else t.reshape(len(x), -1) for t in (x, other, missing, weight)]
-                site.add(*(t if t is None or valid is None else t[valid] for t in pieces))
+                ways = [None] if weights is None or name not in weights else weights[name].view(-1, *self.tokens.shape)[:, rows].to(x.device)
+                for k, weight in enumerate(ways):
+                    key = f"{name}#{k}" if k else name
+                    if key not in stats:
+                        stats[key] = Stats.zeros(x.shape[-1], x.device)
+                    site = stats[key]
+                    if len(x) != self.tokens[rows].numel():  # an expert's tokens: they do not tell where they came from
+                        if valid is not None:
+                            site.note("padding not excluded", "the tokens of a routed expert do not tell which are padding")
+                        return site.add(x)
+                    other, wanted = theirs.get(name, (None, None))
+                    missing = None if residual is None else wanted.float() - residual.float()
+                    pieces = [None if t is None else t.reshape(len(x), -1) for t in (x, other, missing, weight)]
+                    site.add(*(t if t is None or valid is None else t[valid] for t in pieces))
 
             self._visit(block, sites, reader, i, rows, keep, add)
             if routed:  # as many tokens as each expert got: no two pieces have the same size, and glibc finds no use for the holes that they leave

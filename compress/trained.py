@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .formats import Dense, Format, IntGroup, build
+from .shadow import cast, masked, stored, thin
 
 EDGE = 0.45  # how near to its cell's border a p may start; the cell ends at 0.5
 
@@ -69,26 +70,34 @@ class Trained(nn.Module):
 class Values(nn.Module):
     """In the place of a linear of any other format: its floats learn (factors, kept values, scales, tables), codes and masks stay as they are.
 
-    `known` holds the parameter of every tensor seen, so that linears that share a factor train one."""
+    `known` holds the parameter of every tensor seen, so that linears that share a factor train one. With `moving` masks learn too (shadow.py)."""
 
-    def __init__(self, weight: Format, bias: Tensor | None, known: dict[int, nn.Parameter]):
+    def __init__(self, weight: Format, bias: Tensor | None, known: dict[int, nn.Parameter], moving: bool = False):
         super().__init__()
-        self.start, self.bias = weight, bias
+        self.mask = weight if moving and masked(weight) else None
+        self.start, self.bias = weight if self.mask is None else cast(weight), bias
+        weight = self.start
         self.free = nn.ParameterDict({name: known.setdefault(id(t), nn.Parameter(t.float())) for name, t in weight.tensors().items() if t.is_floating_point()})
 
     def tensors(self) -> dict[str, Tensor]:
         """As they would be stored; gradients pass through the rounding."""
-        stored = self.start.tensors()
-        return stored | {name: Straight.apply(p, p.detach().to(stored[name].dtype).float()) for name, p in self.free.items()}
+        before = self.start.tensors()
+        return before | {name: Straight.apply(p, p.detach().to(before[name].dtype).float()) for name, p in self.free.items()}
+
+    def matrix(self) -> Tensor:
+        """fp32 [out, in], with a gradient."""
+        weight = build(self.start.meta(), self.tensors())
+        return (weight if self.mask is None else thin(weight, self.mask)).dequantize()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, build(self.start.meta(), self.tensors()).dequantize().to(x.dtype), self.bias)
+        return F.linear(x, self.matrix().to(x.dtype), self.bias)
 
     @torch.no_grad()
     def weight(self) -> Format:
         """What has been learned, ready to be stored."""
-        stored = self.start.tensors()
-        return build(self.start.meta(), stored | {name: p.detach().to(stored[name].dtype) for name, p in self.free.items()})
+        before = self.start.tensors()
+        learned = build(self.start.meta(), before | {name: p.detach().to(before[name].dtype) for name, p in self.free.items()})
+        return learned if self.mask is None else stored(learned, self.mask)
 
 
 def floats(weight: Format) -> bool:

@@ -6,7 +6,7 @@ The layer-wise solvers see one linear at a time; here the layers of a block make
 move by signed gradient steps whose lengths add up to half a cell (SignSGD as in AutoRound, arXiv 2309.05516: this after `rtn` is its recipe); scales
 follow by Adam, as in EfficientQAT's block phase (arXiv 2407.11062). What does not improve held-out windows is undone: after `gptq` with propagated
 targets the codes are better than these steps can find, and only the scales are worth training (`rounding: false`). Factors of a product and kept
-values of a mask learn too, which is PELA's feature distillation (arXiv 2310.10700), a block at a time.
+values of a mask learn too, which is PELA's feature distillation (arXiv 2310.10700), a block at a time, and with `masks` the mask itself.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class Tune:
     rounding: bool = True  # move codes, each at most to a neighbour or two
     scale_lr: float = 1e-3  # Adam's step on the logarithm of the scales; 0 leaves them
     value_lr: float = 3e-3  # Adam's step on other formats' floats (factors, values, scales, tables), relative to the rms of the tensor; 0 leaves them
+    masks: bool = False  # zeros move too: masks are chosen anew at every step, gradients pass straight through them
+    perturbation: float | None = None  # PELA: entries that are further than this from the original weight's are drawn back, hinge² a linear; None: no penalty
     held_out: float = 0.1  # share of the windows that only judges
 
     def __post_init__(self):
-        if self.steps < 0 or not 0 <= self.held_out < 1 or min(self.scale_lr, self.value_lr) < 0:
-            raise CompressError(f"tune: steps {self.steps}, scale_lr {self.scale_lr}, value_lr {self.value_lr} must be at least 0, "
-                                f"held_out {self.held_out} in 0 ... 1")  # fmt: skip
+        if self.steps < 0 or not 0 <= self.held_out < 1 or min(self.scale_lr, self.value_lr, self.perturbation or 0) < 0:
+            raise CompressError(f"tune: steps {self.steps}, scale_lr {self.scale_lr}, value_lr {self.value_lr}, perturbation {self.perturbation} "
+                                f"must be at least 0, held_out {self.held_out} in 0 ... 1")  # fmt: skip
 
 
 def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream, target: Tensor, formats: dict[str, Format]
@@ -49,7 +51,8 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
     trained = {path: Trained(f, get_weight(twin.get_submodule(path)), getattr(block.get_submodule(path), "bias", None))
                for path, f in formats.items() if isinstance(f, IntGroup)}  # fmt: skip
     known: dict[int, nn.Parameter] = {}
-    values = {path: Values(f, getattr(block.get_submodule(path), "bias", None), known) for path, f in formats.items() if options.value_lr and floats(f)}
+    values = {path: Values(f, getattr(block.get_submodule(path), "bias", None), known, options.masks)
+              for path, f in formats.items() if options.value_lr and floats(f)}  # fmt: skip
     batches, calls = list(stream.batches()), stream.calls[stream.at]
     judges = max(1, round(options.held_out * len(batches))) if options.held_out else 0
     if len(batches) <= judges:
@@ -65,6 +68,10 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
         if stream.mask is not None:
             error = error * stream.mask[rows].to(error)
         return error.mean()
+
+    def penalty() -> Tensor | float:
+        """Σ_W max(0, ‖Ŵ−W‖_∞ − ε)²: with a hinge, since the published (‖Ŵ−W‖_∞ − ε)² would also push apart what is near."""
+        return sum(((v.matrix() - get_weight(twin.get_submodule(path))).abs().max() - options.perturbation).clamp(min=0).square() for path, v in values.items())
 
     def judged() -> float:
         with torch.no_grad():
@@ -83,7 +90,7 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
     for step in range(options.steps):
         picks = picks or [training[k] for k in torch.randperm(len(training), generator=order).tolist()]
         with torch.enable_grad():
-            loss(picks.pop()).backward()
+            (loss(picks.pop()) + (penalty() if options.perturbation is not None else 0)).backward()
         left = 1 - step / options.steps
         if options.rounding:
             for p in rounding:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,7 @@ from .calibration.hidden import release
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
-from .formats import Format, build, split_rows
+from .formats import Format, build, join_rows, split_rows
 from .linear import get_weight, in_features, set_weight
 from .stream import Stream, sites_of
 from .tune import tune_block
@@ -119,12 +119,13 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: 
             for path in (p for p in site.linears if p in plan):
                 readers.setdefault(path if "guidance" in plan[path][1].needs else site.name, []).append(path)
         if stream is not None:
-            weighed = {key: guidance[key].tokens for key in readers if key in guidance and key in plan and "guidance" in plan[key][1].needs}
+            weighed = {key: guidance[key].of(getattr(plan[key][1], "output_groups", 1))
+                       for key in readers if key in guidance and key in plan and "guidance" in plan[key][1].needs}  # fmt: skip
             stats = stream.collect(block, {key: paths[0] for key, paths in readers.items()}, keep=bool(final), original=original, weights=weighed)
             _release(block)
         shared = (time.perf_counter() - started) / sum(map(len, readers.values()))
         for key, paths in readers.items():
-            seen = stats.pop(key, None)
+            seen, others = stats.pop(key, None), [stats.pop(k) for k in list(stats) if k.startswith(f"{key}#")]  # of further groups of outputs
             if seen is not None and not seen.count:
                 if seen.dropped:
                     raise CompressError(f"{name}.{key}: all {seen.dropped} calibration tokens are NaN or Inf in {str(source.dtype)[6:]}; "
@@ -144,7 +145,11 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: 
                 corrects = getattr(method, "bias_correction", False) and seen.count > 0 and all(block.get_submodule(p).bias is not None for p in bundle)
                 used = seen.centred() if corrects else seen
                 used.gradient = torch.cat([guidance[p].outputs for p in bundle]).to(Ws[0].device) if all(p in guidance for p in bundle) else None
-                weight = method(Ws[0] if len(Ws) == 1 else torch.cat(Ws), used, stored=stored, where=where)
+                W = Ws[0] if len(Ws) == 1 else torch.cat(Ws)
+                weight = method(W, used, stored=stored, where=where) if not others else _by_rows(method, W, [used, *others], stored, where)
+                for f in chain.from_iterable(s.fallbacks for s in others):
+                    seen.note(f["what"], f["detail"])
+                del W
                 if not all(torch.isfinite(t).all() for t in weight.tensors().values() if t.is_floating_point()):
                     raise CompressError(f"{where}: {method_name} produced NaN or Inf; the weights span ±{max(W.abs().max() for W in Ws):.3g}")
                 planned = method.planned((sum(sizes), Ws[0].shape[1]), stored, where)
@@ -177,6 +182,13 @@ def _compress_block(source: Checkpoint, recipe: Recipe, block: nn.Module, name: 
                 stream.freeze(block, child, last)
                 if original is not None:
                     original[0].freeze(original[1], child, last)
+
+
+def _by_rows(method, W: Tensor, stats: list[Stats], stored: torch.dtype, where: str) -> Format:
+    """Equal parts of the outputs, each solved with statistics of its own."""
+    starts = torch.arange(len(W)).tensor_split(len(stats))
+    parts = [(slice(int(at[0]), int(at[-1]) + 1), s) for at, s in zip(starts, stats, strict=True)]
+    return join_rows([method(W[at], s.rows(at), stored=stored, where=where) for at, s in parts])
 
 
 def _twin(block: nn.Module) -> nn.Module:

@@ -73,7 +73,7 @@ def test_a_thinned_front_stays_within_every_budget_and_near_the_exact_one(monkey
     nbytes = [torch.randint(1000, 90000, (4,), generator=g).tolist() for _ in range(12)]
     damage = [(1e6 / torch.tensor(b)).tolist() for b in nbytes]
     exact = allocate.knapsack(nbytes, damage)
-    monkeypatch.setattr(allocate, "SUMS", 200)
+    monkeypatch.setattr("compress.knapsack.SUMS", 200)
     thin = allocate.knapsack(nbytes, damage)
     assert len(thin.cost) <= 200 < len(exact.cost)
     for budget in range(int(exact.cost[0]), int(exact.cost[-1]), 20000):

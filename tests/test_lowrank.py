@@ -11,11 +11,13 @@ from test_methods import correlated, stats_of, weight
 import compress
 from compress.embedded import model_path
 from compress.errors import CompressError
-from compress.formats import Dense, IntGroup
+from compress.formats import Dense, IntGroup, Masked, Product, Sparse24
 from compress.methods import GPTQ, SVD, DenseSparse
+from compress.methods.masks import top
 from compress.methods.svd import answer, leading
 from compress.preflight import bundled
 from compress.recipe import load
+from compress.trained import Values
 from compress.walk import pieces
 
 F64 = torch.float64
@@ -190,14 +192,36 @@ def test_a_plan_of_joint_factors_needs_a_known_architecture():
 # ---- training
 
 
-def test_the_tuner_trains_factors_and_kept_values_and_zeros_stay(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"masks": True, "perturbation": 0.01}])
+def test_the_tuner_trains_factors_and_kept_values_and_keeps_as_many_zeros(tmp_path, options):
     steps = [{"match": "*mlp*", "method": "wanda", "pattern": "2:4"}, {"method": "svd", "ratio": 0.5, "joint": True}]
-    recipe = {"name": "both", "steps": steps, "tune": {"steps": 8}}
+    recipe = {"name": "both", "steps": steps, "tune": {"steps": 8} | options}
     out = compress.run(model_path(), recipe, "stdlib", tmp_path / "out", samples=72, seqlen=64, show=False, device="cpu")
     assert all(after < before for before, after in out.manifest.training.values())
     assert compress.verify(str(tmp_path / "out")).ok
     weight = compress.load(str(tmp_path / "out")).get_submodule("model.layers.0.mlp.up_proj").format
     assert (weight.keep().view(-1, 4).sum(-1) == 2).all() and (weight.dequantize() != 0).float().mean() <= 0.5
+
+
+def masks():
+    W, keep = weight(24, 32), torch.rand(24, 32, generator=torch.Generator().manual_seed(3)) < 0.5
+    low = Dense(weight(24, 8).bfloat16()), Masked.pack(keep[:8], Dense(W[:8][keep[:8]][None].bfloat16()))
+    halves = top(W.abs().view(-1, 4), 2).view_as(W)
+    return [Masked.pack(keep, Dense(W[keep][None].bfloat16())), Sparse24.pack(halves, Dense(W[halves].view(24, -1).bfloat16()), 2, 4), Product(low)]
+
+
+@pytest.mark.parametrize("fmt", masks(), ids=["masked", "2:4", "product"])
+def test_an_untrained_shadow_is_its_format_and_gradients_reach_what_is_zero(fmt):
+    values = Values(fmt, None, {}, moving=True)
+    again = values.weight()
+    assert again.meta() == fmt.meta() and all(torch.equal(a, b) for a, b in zip(again.tensors().values(), fmt.tensors().values(), strict=True))
+    torch.testing.assert_close(values.matrix(), fmt.dequantize())
+    with torch.enable_grad():
+        (values.matrix() * weight(24, 32)).sum().backward()
+    (p,) = (p for p in values.free.values() if p.shape[1] == 32)
+    assert (p.grad[p == 0] != 0).float().mean() > 0.9
+    p.data[(p == 0).nonzero()[0].split(1)] = 10.0  # a shadow that outgrew the others
+    assert values.weight().nbytes() == fmt.nbytes() and 10 in values.weight().tensors()[next(n for n in fmt.tensors() if n.endswith("values_weight"))]
 
 
 # ---- dense × sparse
@@ -216,6 +240,13 @@ def test_dense_times_sparse_beats_the_svd_of_the_same_bytes(shape):
     assert error < 0.95 * rival and error < once
 
 
-def test_atoms_that_leave_no_coefficient_are_refused():
-    with pytest.raises(CompressError, match=r"w: 64 atoms of \[64, 64\] leave -?\d+ numbers for 4096 coefficients; set atoms between 1 and 2"):
-        DenseSparse(ratio=0.2, atoms=3.0).planned((64, 64), torch.bfloat16, "w")
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64)])
+def test_where_nothing_must_be_left_out_the_product_is_the_weight(shape):
+    s, W = stats_of(correlated(n=shape[1], tokens=2048)), weight(*shape)
+    W = W[:, :10] @ W[:10]  # rank 10: fewer than there are atoms
+    assert s.error(W, DenseSparse(ratio=0.2)(W, s, stored=torch.float32).dequantize()) < 1e-6
+
+
+def test_a_weight_too_small_for_a_single_atom_is_refused():
+    with pytest.raises(CompressError, match=r"w: 95% fewer bytes than \[8, 8\] leave no room for atoms; use a smaller ratio"):
+        DenseSparse(ratio=0.95).planned((8, 8), torch.bfloat16, "w")

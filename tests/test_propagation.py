@@ -10,11 +10,12 @@ import compress
 from compress.calibration.guidance import guide
 from compress.calibration.statistics import Stats
 from compress.checkpoint import Checkpoint
+from compress.errors import CompressError
 from compress.methods.gptq import GPTQ
 from compress.methods.lnq import LNQ
 from compress.methods.trellis import TrellisCoding
 from compress.stream import Stream
-from compress.walk import sites_of
+from compress.walk import _by_rows, sites_of
 
 WRITERS = {"llama": {"o_proj": "post_attention_layernorm", "down_proj": ""}, "opt": {"out_proj": "final_layer_norm", "fc2": ""},
            "gpt_neox": {"dense": "", "dense_4h_to_h": ""}, "gpt2": {"attn.c_proj": "ln_2", "mlp.c_proj": ""},
@@ -105,7 +106,7 @@ def test_token_weights_equal_those_of_one_backward_pass_through_the_whole_model(
 
     def watch(key):
         def keep(module, args, y):
-            y.register_hook(lambda g: seen.__setitem__(key, g.square().mean(-1).flatten()))
+            y.register_hook(lambda g: seen.__setitem__(key, g.square().flatten(0, 1)))
 
         return keep
 
@@ -117,15 +118,17 @@ def test_token_weights_equal_those_of_one_backward_pass_through_the_whole_model(
     labels = torch.multinomial(log_p.detach().exp(), 1, generator=torch.Generator().manual_seed(3))
     (-log_p.gather(1, labels)).sum().backward()
     for (i, path), s in seen.items():
-        torch.testing.assert_close(streamed[i][path].tokens, s / s.mean(), rtol=1e-3, atol=1e-4)
+        for k in (1, 2, 4):
+            wanted = torch.stack([part.mean(1) for part in s.tensor_split(k, dim=1)])
+            torch.testing.assert_close(streamed[i][path].of(k), wanted / wanted.mean(), rtol=1e-3, atol=1e-4)
     assert len(seen) == sum(map(len, streamed)) >= 8
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral", "olmo2"])
-def test_a_guided_and_propagated_run_verifies_and_gives_the_same_bytes_twice(name, tmp_path):
+@pytest.mark.parametrize("name, groups", [("llama", 1), ("llama", 4), ("mixtral", 1), ("mixtral", 2), ("olmo2", 1)])
+def test_a_guided_and_propagated_run_verifies_and_gives_the_same_bytes_twice(name, groups, tmp_path):
     save_tiny(name, tmp_path / "model")
     (tmp_path / "t.txt").write_text("It was the best of times, it was the worst of times. " * 60)
-    recipe = {"name": "r", "steps": [{"method": "gptq", "bits": 3, "group_size": 32, "propagate": 1.0, "guided": True, "refits": 1}]}
+    recipe = {"name": "r", "steps": [{"method": "gptq", "bits": 3, "group_size": 32, "propagate": 1.0, "guided": True, "output_groups": groups, "refits": 1}]}
     reports = [compress.run(str(tmp_path / "model"), recipe, f"file:{tmp_path / 't.txt'}", tmp_path / out, samples=12, seqlen=64, show=False, device="cpu")
                for out in ("a", "b")]  # fmt: skip
     assert compress.verify(str(tmp_path / "a")).ok
@@ -133,6 +136,24 @@ def test_a_guided_and_propagated_run_verifies_and_gives_the_same_bytes_twice(nam
     routed = {f.what for f in reports[0].fallbacks}
     assert (routed >= {"errors not propagated", "tokens not weighed"}) if name == "mixtral" else not routed
     assert TINY[name]
+
+
+def test_parts_of_the_outputs_are_solved_with_statistics_of_their_own():
+    tokens, W = torch.randn(300, 32, generator=torch.Generator().manual_seed(1)), torch.randn(10, 32, generator=torch.Generator().manual_seed(2))
+    weights = torch.rand(4, 300, generator=torch.Generator().manual_seed(3)) ** 4
+    stats = []
+    for w in weights:
+        s = Stats.zeros(32)
+        s.add(tokens @ torch.randn(32, 32, generator=torch.Generator().manual_seed(4)), weight=w)
+        stats.append(s.finish())
+    method = GPTQ(bits=3, group_size=16, guided=True, output_groups=4)
+    whole = _by_rows(method, W, stats, torch.bfloat16, "w")
+    assert whole.meta() == method.planned((10, 32), torch.bfloat16, "w").meta() and whole.nbytes() == method.planned((10, 32), torch.bfloat16, "w").nbytes()
+    parts = [method(w.contiguous(), s, stored=torch.bfloat16) for w, s in zip(W.tensor_split(4), stats, strict=True)]
+    assert torch.equal(whole.dequantize(), torch.cat([p.dequantize() for p in parts]))
+    assert not torch.equal(whole.dequantize(), method(W, stats[0], stored=torch.bfloat16).dequantize())
+    with pytest.raises(CompressError, match="output_groups 2 weighs tokens apart"):
+        GPTQ(output_groups=2)
 
 
 def test_a_free_bias_and_8_bits_reach_the_least_squares_solution_with_an_intercept():

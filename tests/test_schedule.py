@@ -1,10 +1,14 @@
 """pytest tests/test_schedule.py — what each layer gives up: the budget holds, prices decide, OWL, energy, what is refused."""
 
+import itertools
+
 import pytest
 import torch
 
 import compress
+from compress.calibration.statistics import Stats
 from compress.errors import CompressError
+from compress.precision import chosen, ladder
 from compress.recipe import Recipe, Step, load
 from compress.schedule import STEPS, Layer, Schedule, _shares
 
@@ -65,7 +69,37 @@ def test_rank_by_energy(checkpoint, tmp_path):
 def test_what_a_schedule_cannot_set_is_refused(checkpoint, tmp_path):
     with pytest.raises(CompressError, match="a pattern or a rank is the same in every layer"):
         run(checkpoint, tmp_path / "a", "sparse-2of4", **{"schedule.by": "error"})
-    with pytest.raises(CompressError, match="gptq has neither sparsity nor ratio"):
-        run(checkpoint, tmp_path / "b", "w4-gptq", **{"schedule.by": "error", "gptq.group_size": 32})
+    with pytest.raises(CompressError, match="nf has neither sparsity, ratio nor whole bits"):
+        run(checkpoint, tmp_path / "b", "w4-nf4", **{"schedule.by": "error"})
     with pytest.raises(CompressError, match=r"spread 2\.0"):
         load("sparse-50").with_options(["schedule.spread=2.0"])
+
+
+@pytest.mark.parametrize("by", ["gradient", "error"])
+def test_bits_go_where_they_count_for_the_same_bytes(checkpoint, tmp_path, by):
+    settings = {"gptq.group_size": 16, "gptq.bits": 3}
+    report = run(checkpoint, tmp_path / "a", "w3-balanced", **settings, **{"schedule.by": by})
+    layers = {name: (r.options["bits"], r.options["group_size"]) for name, r in report.manifest.layers.items()}
+    assert len(set(layers.values())) > 1 and {b for b, _ in layers.values()} <= {2, 3, 4, 5} and {g for _, g in layers.values()} <= {16, 32}
+    for parts in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for i in range(2):
+            assert len({layers[f"model.layers.{i}.{p}"] for p in parts}) == 1
+    uniform = run(checkpoint, tmp_path / "b", "w3-balanced", **settings)
+    assert 0.95 * uniform.manifest.totals["bytes"] <= report.manifest.totals["bytes"] <= uniform.manifest.totals["bytes"]
+    assert compress.verify(str(tmp_path / "a")).ok
+    assert run(checkpoint, tmp_path / "c", "w3-balanced", **settings, **{"schedule.by": by}).manifest == report.manifest
+    same = run(checkpoint, tmp_path / "d", "w3-balanced", **settings, **{"schedule.by": by, "schedule.bits": 0}).manifest
+    assert same.tensors == uniform.manifest.tensors
+
+
+def test_every_group_takes_the_choice_that_is_best_for_all(checkpoint):
+    steps = Step(method="gptq", bits=3, group_size=32), Step(method="gptq", bits=4, group_size=32)
+    H, make = Stats(torch.eye(64)), lambda seed, loud: [loud * torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))]
+    ladders = [ladder((f"l{k}",), steps[k % 2], 1, make(k, 4.0**k), torch.bfloat16, H, [torch.ones(8, 1)]) for k in range(3)]
+    budget = sum(x.nbytes[0] for x in ladders)
+    options = itertools.product(*(range(len(x.choices)) for x in ladders))
+    total = lambda picks, field: sum(getattr(x, field)[k] for x, k in zip(ladders, picks, strict=True))
+    best = min((p for p in options if total(p, "nbytes") <= budget), key=lambda p: total(p, "damage"))
+    wanted = [tuple(x.choices[k].values()) for x, k in zip(ladders, best, strict=True)]
+    assert [(s.options()["bits"], s.options()["group_size"]) for s in chosen(ladders)] == wanted
+    assert total(best, "damage") < 0.9 * total((0, 0, 0), "damage")

@@ -25,7 +25,7 @@ from .trellis import Trellis
 
 __all__ = [
     "Columns", "Dense", "FloatBlock", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build",
-    "split_rows",
+    "join_rows", "split_rows",
 ]  # fmt: skip
 
 FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, FloatBlock, Masked, Sparse24, Trellis, Sum, Product, Transformed, Scaled,
@@ -47,6 +47,23 @@ def split_rows(weight: Format, sizes: Sequence[int]) -> list[Format]:
     zeros = [None] * len(sizes) if weight.zeros is None else weight.zero_points().to(torch.uint8).split(list(sizes))
     return [IntGroup.pack(codes, scales, z, weight.bits_per_code, weight.levels)
             for codes, scales, z in zip(weight.unpack().split(list(sizes)), weight.scales.split(list(sizes)), zeros, strict=True)]  # fmt: skip
+
+
+def join_rows(parts: Sequence[Format], where: str = "weight") -> Format:
+    """Rows of one weight below those of the other, the inverse of `split_rows`. Raises CompressError where one format cannot hold them all."""
+    if len({p.describe() for p in parts}) > 1:
+        raise CompressError(f"{where}: its parts differ: {' and '.join(p.describe() for p in parts)}")
+    first, joined = parts[0], {name: torch.cat([p.tensors()[name] for p in parts]) for name in parts[0].tensors()}
+    if isinstance(first, IntGroup):
+        zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts if isinstance(p, IntGroup)]).to(torch.uint8)
+        codes = torch.cat([p.unpack() for p in parts if isinstance(p, IntGroup)])  # zero points are packed across rows
+        return IntGroup.pack(codes, joined["scales"], zeros, first.bits_per_code, first.levels)
+    if isinstance(first, Lut):
+        return Lut(joined["codes"], first.table, joined["scales"], (len(joined["codes"]), first.shape[1]), first.name)
+    divisors = {float(p.divisor) for p in parts if isinstance(p, FloatBlock) and p.divisor is not None}
+    if not isinstance(first, FloatBlock) or first.block[0] > 1 or len(divisors) > 1:
+        raise CompressError(f"{where}: its parts have scales that one {first.describe()} cannot hold")
+    return FloatBlock(joined["codes"], joined["scales"], first.divisor, first.name)
 
 
 def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:

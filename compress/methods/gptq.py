@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from .target import TargetOptions
 class GPTQ(TargetOptions, IntOptions):
     act_order: bool = True  # solve the columns with the loudest input first
     static_groups: bool = True  # fit every grid before the sweep; False refits each group on the compensated weights (needs act_order false)
+    output_groups: Literal[1, 2, 4] = 1  # with guided: parts of the outputs whose tokens are weighed apart, a Hessian and a sweep each
     damp: float = 0.01  # added to the diagonal of H, relative to its mean; raised tenfold until H can be factored
     sweeps: int = 2  # rounds of coordinate descent on the codes after the column sweep; 0: the GPTQ of the paper
     refits: int = 0  # closed-form scale refits, each followed by the rounds of `sweeps`; 0: scales as fitted before the sweep
@@ -45,6 +47,10 @@ class GPTQ(TargetOptions, IntOptions):
         TargetOptions.__post_init__(self)
         if self.act_order and not self.static_groups:
             raise CompressError("act_order without static_groups would need a group index at inference; set one of the two to match")
+        if self.output_groups > 1 and not self.guided:
+            raise CompressError(f"output_groups {self.output_groups} weighs tokens apart for parts of the outputs, so guided must be true")
+        if self.output_groups > 1 and self.bias_correction:
+            raise CompressError("bias_correction answers for one mean of the tokens, output_groups weighs them several times; set one of the two off")
         if not 0 <= self.damp < math.inf:
             raise CompressError(f"damp {self.damp} must be a number from 0 up; 0.01 is usual")
         if self.block_size < 1 or self.sweeps < 0 or self.refits < 0:

@@ -108,9 +108,9 @@ def leading(K: Tensor, rank: int) -> Tensor:
     return P.to(K.dtype).contiguous()
 
 
-def answer(W: Tensor, B: Tensor, H: Tensor) -> Tensor:
-    """The best A [m, rank] for a B [rank, n] that is given: W H Bᵀ (B H Bᵀ)⁻¹, in fp64."""
-    C = (H @ B.T).double()
+def answer(W: Tensor, B: Tensor, H: Tensor | None) -> Tensor:
+    """The best A [m, rank] for a B [rank, n] that is given: W H Bᵀ (B H Bᵀ)⁻¹, in fp64. None: H = I."""
+    C = (B.T if H is None else H @ B.T).double()
     G = B.double() @ C
     G.diagonal().add_(1e-10 * G.diagonal().mean())
     return torch.linalg.solve(G, (W.double() @ C).T, left=True).T.to(W.dtype).contiguous()
