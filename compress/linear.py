@@ -10,16 +10,17 @@ from transformers.pytorch_utils import Conv1D
 from .errors import CompressError
 from .formats import Format, build
 from .kernels import dispatch
+from .kernels.dispatch import AUTO, How
 
 
 class CompressedLinear(nn.Module):
     """y = x · Ŵᵀ + b. The Format's tensors are buffers of this module, so state_dict, .to() and safetensors see plain tensors.
 
-    `policy` and `memory` are handed to kernels.dispatch: "auto" takes the fastest measured path, "dense" multiplies by the dequantized
-    matrix in a fixed order (evaluation and verification), and memory="bounded" never keeps a dense copy.
+    `how` is handed to kernels.dispatch: policy "auto" takes the fastest measured path, "dense" multiplies by the dequantized matrix in a fixed
+    order (evaluation and verification); memory "bounded" never keeps a dense copy; activations "int8" rounds the input, one scale a token.
     """
 
-    def __init__(self, weight: Format, bias: Tensor | None = None, *, policy: str = "auto", memory: str = "keep"):
+    def __init__(self, weight: Format, bias: Tensor | None = None, how: How = AUTO):
         super().__init__()
         self.meta = weight.meta()
         self.out_features, self.in_features = weight.shape
@@ -28,7 +29,7 @@ class CompressedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.borrowed: dict[str, tuple[nn.Module, str]] = {}
-        self.policy, self.memory = policy, memory
+        self.how = how
         self.cache: dict = {}  # what the chosen kernel prepared from the tensors; never saved
 
     def borrow(self, name: str, owner: CompressedLinear, key: str) -> None:
@@ -41,6 +42,9 @@ class CompressedLinear(nn.Module):
     def format(self) -> Format:
         own = {name: getattr(self, name) for name in self.tensor_names}
         return build(self.meta, own | {name: getattr(owner, key) for name, (owner, key) in self.borrowed.items()})
+
+    def _weight(self) -> Format:  # building it at every call would take longer than a small matmul
+        return self.format
 
     def _apply(self, fn, recurse=True):
         """Moves between devices, but keeps the stored dtypes: .half() must not round scales that were rounded once already."""
@@ -60,7 +64,7 @@ class CompressedLinear(nn.Module):
         return {**self.__dict__, "cache": {}}  # prepared kernels are closures over this process
 
     def forward(self, x: Tensor) -> Tensor:
-        return dispatch.matmul(x, self.format, self.bias, self.cache, policy=self.policy, memory=self.memory)
+        return dispatch.matmul(x, self._weight, self.bias, self.cache, self.how)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weight={self.format.describe()}"
@@ -82,7 +86,7 @@ def set_weight(module: nn.Module, W: Tensor) -> None:
     module.weight = nn.Parameter(W.to(module.weight.dtype), requires_grad=False)
 
 
-def install(model: nn.Module, layers: Mapping[str, Format], *, policy: str = "auto", memory: str = "keep") -> None:
+def install(model: nn.Module, layers: Mapping[str, Format]) -> None:
     """Replace the named linears of a model (or block) by CompressedLinear, keeping their biases. In place."""
     for path, weight in layers.items():
         parent, _, leaf = path.rpartition(".")
@@ -90,4 +94,4 @@ def install(model: nn.Module, layers: Mapping[str, Format], *, policy: str = "au
             old = model.get_submodule(path)
         except AttributeError as error:
             raise CompressError(f"{path}: in the manifest, but not in the model that config.json describes") from error
-        setattr(model.get_submodule(parent), leaf, CompressedLinear(weight, old.bias, policy=policy, memory=memory))
+        setattr(model.get_submodule(parent), leaf, CompressedLinear(weight, old.bias))

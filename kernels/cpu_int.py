@@ -44,17 +44,24 @@ def supports(format: Format, x: Tensor) -> str | None:
         return f"scales are {format.scales.dtype}; the op reads bf16 and would round them"
     if format.bits_per_code <= 4:
         return f"group {format.group_size} is not a multiple of 32" if format.group_size % 32 else None
+    if why := bytes_per_row(format):
+        return why
+    # torch 2.13 segfaults on other widths: the vector loop reads 16 codes at a time and has no tail
+    return f"in_features {format.shape[1]} is not a multiple of 16" if format.shape[1] % 16 else None
+
+
+def bytes_per_row(format: IntGroup) -> str | None:
+    """None if the weight is one signed byte each times one scale a row, else the reason."""
     if format.groups > 1:
         return f"{format.describe()}: int8 has one scale a row"
     if format.zeros is not None and format.zeros.is_floating_point():
         return "float zero points do not fit int8"
     if format.zeros is not None and format.bits_per_code == 8:
         return "8-bit codes minus their zero point do not fit int8"
-    # torch 2.13 segfaults on other widths: the vector loop reads 16 codes at a time and has no tail
-    return f"in_features {format.shape[1]} is not a multiple of 16" if format.shape[1] % 16 else None
+    return None
 
 
-def prepare(format: IntGroup) -> Packed:
+def prepare(format: IntGroup, dtype: torch.dtype = torch.bfloat16) -> Packed:
     """The op's copy of the weight: half a byte a weight up to 4 bits, one byte above."""
     (out, n), q = format.shape, format.unpack().to(torch.int32)
     zero, s = format.zero_points(), format.scales.float()  # [out, groups]
