@@ -56,6 +56,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what OUT.eva
 Tasks = Annotated[str | None, typer.Option(help="lm-eval's tasks, names or .yaml files: hellaswag,arc_easy")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task; default all")]
 Lengths = Annotated[str | None, typer.Option(help="Perplexity and KL by the length of the context: 512,1024,2048")]
+Activations = Annotated[str | None, typer.Option(help="Round what compressed weights multiply, one scale a token: int8, int4 or fp8")]
 Remote = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint")]
 
 
@@ -260,7 +261,7 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
              seed: Seed = 0, device: Device = "auto", dtype: DType = "float32", speed: Speed = True,
              tasks: Tasks = None, limit: Limit = None,
              drift: Annotated[int, typer.Option(min=0, help="Texts to continue greedily with both models: how many tokens until they part")] = 0,
-             lengths: Lengths = None, stream: Streamed = False, fresh: Fresh = False,
+             lengths: Lengths = None, activations: Activations = None, stream: Streamed = False, fresh: Fresh = False,
              trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Perplexity, KL to the original, top-1 agreement with standard errors; bits, bytes, speed and memory, both models in one run.
 
@@ -269,7 +270,7 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
     compress eval out --reference Qwen/Qwen3-0.6B --tasks hellaswag,arc_easy --limit 200 --samples 16
     """
     result = api.evaluate(path, reference, data, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, speed=speed,
-                          tasks=_list(tasks), limit=limit, drift=drift, lengths=_lengths(lengths), stream=stream, fresh=fresh,
+                          tasks=_list(tasks), limit=limit, drift=drift, lengths=_lengths(lengths), activations=activations, stream=stream, fresh=fresh,
                           trust_remote_code=trust_remote_code)  # fmt: skip
     ref = result["reference"] or {}
     table = Table("", Path(path).name, *([Path(reference).name] if reference else []))
@@ -288,7 +289,7 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
         out.print(f"KL(original ‖ compressed) {_pm(result['kl']['mean'], result['kl']['stderr'], 5)} nats a token, "
                   f"top-1 agreement {_pm(result['top1']['agreement'], result['top1']['stderr'], 4)}", highlight=False)  # fmt: skip
     _more(result, ref)
-    out.print(f"{result['windows']} windows of {seqlen} from {data}, {result['tokens']} targets, {dtype} arithmetic; {result['data'].get('bos', '')}",
+    out.print(f"{result['windows']} windows of {seqlen} from {data}, {result['tokens']} targets, {dtype} arithmetic{f', {activations} activations' if activations else ''}; {result['data'].get('bos', '')}",
               highlight=False, soft_wrap=True)  # fmt: skip
     for f in result["fallbacks"]:
         out.print(f"fallback: {f['what']} at {f['where']}: {f['detail']}", style="yellow", highlight=False, soft_wrap=True)

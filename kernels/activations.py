@@ -1,6 +1,6 @@
 """Rounded activations: the input of a quantized weight goes onto a grid as it comes, one scale a token, so that integers meet integers.
 
-    s_x = max|x| / L,   q_x = ⌊x / s_x⌉,   y = s_x · (q_x · Ŵᵀ)           L = 127 (int8), 7 (int4), 448 (fp8: E4M3 keeps three bits of mantissa)
+    s_x = max|x| / L,   q_x = ⌊x / s_x + ½⌋,   y = s_x · (q_x · Ŵᵀ)           L = 127 (int8), 7 (int4), 448 (fp8: E4M3 keeps three bits of mantissa)
 
 Nothing is calibrated and nothing stored: it is how a model is run (`compress.load(…, activations="int8")`), not what it is, and it costs
 quality, which `compress eval --activations int8` measures with this same arithmetic. It applies where a quantized leaf is multiplied: behind an
@@ -47,12 +47,18 @@ def rounded(format: Format, grid: Grid | None) -> Format | Rounded:
     return format if grid is None or isinstance(format, Dense) else Rounded(format, grid)
 
 
+def unsigned(x: Tensor, largest: Tensor, L: float) -> Tensor:
+    """uint8 ⌊L·x / largest + 128½⌋ = q + 128 in fp32: one pass over x and one that casts. A token of zeros has largest 0 and any codes."""
+    return torch.addcdiv(largest.new_full((), 128.5), x, largest, value=L).to(torch.uint8)
+
+
 def quantize(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """x [..., in] → codes [..., in] (int8, or E4M3) and scales fp32 [..., 1]; a token of zeros has scale 0. In fp32, x fp64 too."""
     x = x.float() if x.dtype == torch.float64 else x
-    scales = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32).mul_(1 / LARGEST[grid])
-    scaled = torch.div(x, scales.clamp(min=TINY))
-    return scaled.to(torch.float8_e4m3fn) if grid == "fp8" else scaled.round_().to(torch.int8), scales
+    largest = x.abs().amax(-1, keepdim=True).float()
+    if grid == "fp8":
+        return (x * (LARGEST[grid] / largest.clamp(min=TINY))).to(torch.float8_e4m3fn), largest / LARGEST[grid]
+    return unsigned(x, largest, LARGEST[grid]).bitwise_xor_(128).view(torch.int8), largest / LARGEST[grid]
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,8 +50,10 @@ def supports(format: Format, x: Tensor) -> str | None:
     return f"in_features {format.shape[1]} is not a multiple of 16" if format.shape[1] % 16 else None
 
 
-def bytes_per_row(format: IntGroup) -> str | None:
+def bytes_per_row(format: Format) -> str | None:
     """None if the weight is one signed byte each times one scale a row, else the reason."""
+    if not isinstance(format, IntGroup):
+        return f"{type(format).__name__} is not IntGroup"
     if format.groups > 1:
         return f"{format.describe()}: int8 has one scale a row"
     if format.zeros is not None and format.zeros.is_floating_point():

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from ..formats import Format, IntGroup
 from . import ops
-from .activations import Rounded, quantize
+from .activations import LARGEST, Rounded, unsigned
 from .cpu_int import bytes_per_row
 
 
 @dataclass(frozen=True)
 class Packed:
     weight: Tensor  # s8, oneDNN's own layout of [in, out]
-    scales: Tensor  # fp32 [out]
+    scales: Tensor  # fp32 [out], divided by `levels`
     zeros: Tensor  # int64 [out], all 0: what the op calls the weight's zero points
-    grid: str
+    levels: float  # 127 or 7, the largest code of an activation
 
 
 def supports(format: Format | Rounded, x: Tensor) -> str | None:
@@ -37,8 +37,6 @@ def supports(format: Format | Rounded, x: Tensor) -> str | None:
         return "activations are not rounded"
     if format.grid == "fp8":
         return "this processor has no fp8"
-    if not isinstance(format.inner, IntGroup):
-        return f"{type(format.inner).__name__} is not IntGroup"
     return bytes_per_row(format.inner) or unavailable()
 
 
@@ -48,41 +46,45 @@ def unavailable() -> str | None:
     a, w = torch.full((2, 64), 255, dtype=torch.uint8), torch.full((16, 64), -127, dtype=torch.int8)
     try:
         packed = torch.ops.onednn.qlinear_prepack(w, [2, 64])
-        y = _linear(a, 1.0, packed, torch.ones(16), torch.zeros(16, dtype=torch.int64), None, torch.float32)
+        y = _linear(a, 1.0, packed, torch.ones(16), torch.zeros(16, dtype=torch.int64), torch.float32)
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return f"this torch has no onednn::qlinear_pointwise for this processor ({str(error).splitlines()[0]})"
     return None if torch.equal(y, torch.full((2, 16), 127.0 * -127 * 64)) else "oneDNN's int8 sums saturate on this processor"
 
 
+def integers(format: Format) -> tuple[Tensor, Tensor]:
+    """q − z int8 [out, in] and s fp32 [out] of a weight that `bytes_per_row` allows."""
+    assert isinstance(format, IntGroup)
+    q, s = format.unpack().float() - format.zero_points(), format.scales[:, 0].float()
+    return ((2 * q).to(torch.int8), s / 2) if format.bits_per_code == 1 else (q.to(torch.int8), s)  # one bit is ±½
+
+
 def prepare(format: Rounded, dtype: torch.dtype = torch.bfloat16) -> Packed:
     """One byte a weight."""
-    inner: IntGroup = format.inner  # type: ignore[assignment]
-    q, s = inner.unpack().to(torch.float32) - inner.zero_points(), inner.scales[:, 0].float()
-    if inner.bits_per_code == 1:  # ±½: codes double, scales halve
-        q, s = 2 * q, s / 2
-    weight = torch.ops.onednn.qlinear_prepack(q.to(torch.int8), [1, inner.shape[1]])
-    return Packed(weight, s.contiguous(), torch.zeros(inner.shape[0], dtype=torch.int64), format.grid)
+    q, s = integers(format.inner)
+    weight = torch.ops.onednn.qlinear_prepack(q, [1, q.shape[1]])
+    return Packed(weight, s / LARGEST[format.grid], torch.zeros(len(s), dtype=torch.int64), LARGEST[format.grid])
 
 
-def _linear(codes: Tensor, scale: float, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return torch.ops.onednn.qlinear_pointwise(codes, scale, 128, weight, scales, zeros, bias, 1.0, 0, dtype, "none", [], "")
+def _linear(codes: Tensor, scale: float, weight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.onednn.qlinear_pointwise(codes, scale, 128, weight, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
 
 
-def _matmul(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, grid: str, bias: Tensor | None) -> Tensor:
-    if not x.shape[0]:
-        return x.new_empty(0, scales.shape[0])
-    codes, s = quantize(x, grid)  # type: ignore[arg-type]
-    codes = codes.view(torch.uint8).bitwise_xor_(128)  # + 128
-    if x.shape[0] == 1 and bias is None and x.dtype != torch.float16:
-        return _linear(codes, s.item() or 1.0, weight, scales, zeros, None, x.dtype)
-    y = _linear(codes, 1.0, weight, scales, zeros, None, torch.float32).mul_(s)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+def _matmul(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, levels: float, bias: Tensor | None) -> Tensor:
+    largest = x.abs().amax(-1, keepdim=True).float()
+    codes = unsigned(x, largest, levels)
+    if len(x) == 1 and bias is None and x.dtype == torch.bfloat16:
+        return _linear(codes, largest.item() or 1.0, weight, scales, zeros, x.dtype)
+    y = _linear(codes, 1.0, weight, scales, zeros, torch.float32)
+    return torch.mul(y, largest, out=torch.empty_like(y, dtype=x.dtype)) if bias is None else torch.addcmul(bias, y, largest).to(x.dtype)
 
 
-op = ops.define("cpu_int8_matmul", "(Tensor x, Tensor weight, Tensor scales, Tensor zeros, str grid, Tensor? bias) -> Tensor",
-                lambda x, weight, scales, zeros, grid, bias: x.new_empty(x.shape[0], scales.shape[0]), CPU=_matmul)  # fmt: skip
+op = ops.define("cpu_int8_matmul", "(Tensor x, Tensor weight, Tensor scales, Tensor zeros, float levels, Tensor? bias) -> Tensor",
+                lambda x, weight, scales, zeros, levels, bias: x.new_empty(x.shape[0], scales.shape[0]), CPU=_matmul, MkldnnCPU=_matmul)  # fmt: skip
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [m, in] → [m, out] in x's dtype."""
-    return (op if torch.compiler.is_compiling() else _matmul)(x, packed.weight, packed.scales, packed.zeros, packed.grid, bias)
+    if not x.shape[0]:
+        return x.new_empty(0, packed.scales.shape[0])
+    return (op if torch.compiler.is_compiling() else _matmul)(x, packed.weight, packed.scales, packed.zeros, packed.levels, bias)

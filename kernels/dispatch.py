@@ -16,14 +16,14 @@ A kernel is a file with three functions, and a line in KERNELS:
 Routes that support a (format, dtype, device) are timed once per shape and bucket of rows (see tune.py), and one that is not dense is taken only
 where it beat dense by MARGIN. The choice may change how bf16 and fp16 round. There is no choice, only dense leaves dequantized in fp32,
 when x is fp32 (unless it is rounded: integers lose nothing), under autograd (packed routes have no backward) and with policy "dense", which
-evaluation and verification use. In a trace (torch.compile) nothing can be measured: what `ready` or an eager call chose before is traced.
+evaluation and verification use. In a trace (torch.compile) nothing can be measured: what an eager call chose before (linear.ready) is traced.
 """
 
 import functools
 import importlib
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -43,7 +43,7 @@ BUCKETS = (1, 4, 16, 64, 256)  # rows; each is timed at its upper edge, where pa
 SMALL = 2**17  # a weight of fewer elements is not worth a measurement: dense
 MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
 COMBINATORS = (Sum, Product, Transformed, Scaled, Columns)
-KERNELS = {"cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8"}, "cuda": {"triton-int": "triton_int"}}  # device → name → file
+KERNELS = {"cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"}, "cuda": {"triton-int": "triton_int"}}  # device → name → file
 
 
 class How(NamedTuple):
@@ -94,13 +94,6 @@ def matmul(x: Tensor, format: Format | Callable[[], Format], bias: Tensor | None
         return F.linear(x, prepared, bias)
     y = route.run(x.reshape(-1, x.shape[-1]), prepared, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
-
-
-def ready(format: Format, cache: dict, rows: Iterable[int], dtype: torch.dtype, device: torch.device, how: How = AUTO) -> None:
-    """Choose and prepare the routes for these numbers of rows, so that a trace or a CUDA graph finds them."""
-    for m in rows:
-        with torch.no_grad():
-            matmul(torch.zeros(m, format.shape[1], dtype=dtype, device=device), format, None, cache, how)
 
 
 def bucket(m: int) -> int:
