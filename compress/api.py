@@ -50,9 +50,10 @@ from .heal import heal as _heal
 from .healing.options import Heal
 from .hf import empty
 from .judge import Judge
+from .kernels import dispatch
 from .latency import Clock, parse_latency, routed, surroundings, timed
 from .kernels.activations import LARGEST
-from .kernels.dispatch import How
+from .kernels.dispatch import How, Memory
 from .linear import CompressedLinear
 from .omit import offered, priced
 from .preflight import EVAL_TOKENS, SCHEDULE_WINDOWS, Plan
@@ -396,6 +397,30 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     return model
 
 
+def tune_kernels(path: str, rows: Sequence[int] = (1, 4, 16, 64, 256), *, dtype: str = "auto", device: str = "auto", memory: Memory = "keep",
+                 activations: str | None = None, trust_remote_code: bool = False, show: bool = True) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure now what generate() would measure when it meets it, and every tiling of kernels that have several; tune.json remembers (kernels/tune.py).
+
+    A record for every kind of layer, shape and number of rows: {"format", "shape", "layers", "rows", "route", "us": {route: microseconds}, "refused":
+    {kernel: why not}}; `us` is empty where there was nothing to choose. Raises CompressError on bad input.
+    """
+    device = _device(device)
+    model = load(path, dtype=None if dtype == "auto" else _named(dtype), device=device, memory=memory, activations=activations,
+                 trust_remote_code=trust_remote_code)  # fmt: skip
+    kinds: dict[tuple, list[CompressedLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            kinds.setdefault((module.format.describe(), module.format.shape), []).append(module)
+    if not kinds:
+        raise CompressError(f"{path}: no compressed layers, so there is no kernel to choose")
+    found = []
+    for (described, shape), layers in progress.steps(list(kinds.items()), "layer shapes", show):
+        for m in rows:
+            chosen = dispatch.tuned(layers[0].format, torch.zeros(m, shape[1], dtype=model.dtype, device=device), layers[0].how)
+            found.append({"format": described, "shape": list(shape), "layers": len(layers), "rows": m} | chosen)
+    return found
+
+
 def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet = "stdlib", *, samples: int | None = None, seqlen: int | None = 512,
              seed: int = 0, device: str = "auto", dtype: str = "float32", speed: bool = False, tasks: Sequence[str] = (),
              limit: int | None = None, drift: int = 0, lengths: Sequence[int] = (), activations: str | None = None, stream: bool = False,
@@ -489,7 +514,8 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
     result: dict[str, Any] = dict(kept("figures", figures))
     result |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(folder), strict=True)), "bytes": weight_bytes(folder),
                "fallbacks": text.fallbacks, "data": text.record,
-               "setup": {"dtype": dtype, "activations": activations, "device": device, "torch": torch.__version__, "compress": __version__, "machine": platform.machine()}}  # fmt: skip
+               "setup": {"dtype": dtype, "activations": activations, "device": device, "torch": torch.__version__, "compress": __version__,
+                         "machine": platform.machine()}}  # fmt: skip
     if source:
         result["reference"] |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(source), strict=True)), "bytes": weight_bytes(source)}
     if lengths:

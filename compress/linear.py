@@ -121,8 +121,9 @@ class Fused:
 def fuse(model: nn.Module) -> list[Fused]:
     """Let linears that read one activation and have one kind of format be multiplied together. In place; only of the architectures of arch.py."""
     made: list[Fused] = []
-    arch = table_entry(model)
-    for block in model.get_submodule(arch.blocks) if arch else ():
+    if (arch := table_entry(model)) is None:
+        return made
+    for block in model.get_submodule(arch.blocks):
         for site in arch.sites_of(block):
             layers = [m for m in map(block.get_submodule, site.linears) if isinstance(m, CompressedLinear)]
             alike = len(layers) > 1 and len({m.bias is None for m in layers}) == 1

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..formats import Columns, Dense, Format, Product, Scaled, Sum, Transformed, build
 from . import reference, tune
-from .activations import Grid, Rounded, dequantize, quantize
+from .activations import Grid, Rounded, dequantize, quantize, rounded
 
 log = logging.getLogger(__name__)
 Policy = Literal["auto", "dense", "reference"]
@@ -106,8 +106,7 @@ def bucket(m: int) -> int:
 def _open(x: Tensor, format: Format, cache: dict, key: tuple) -> tuple[Route, Any]:
     """The route and what it prepared, for a kind of call that the cache does not know yet."""
     grad, how = key[2], How(*key[3:])
-    if how.activations and not isinstance(format, (Dense, *COMBINATORS)):
-        format = Rounded(format, how.activations)  # type: ignore[assignment]
+    format = leaf(format, how)  # type: ignore[assignment]
     if torch.compiler.is_compiling() or x.is_meta:  # nothing is measured or kept in a trace, but what eager calls kept is used
         route = CACHED if (CACHED.name, x.dtype) in cache else plain(format, How("dense", "bounded", how.activations))
         return route, _prepared(route, format, x, dict(cache))
@@ -130,11 +129,29 @@ def choose(format: Format | Rounded, x: Tensor, how: How = AUTO) -> Route:
     if how.policy == "reference":
         return REFERENCE
     options = routes(format, x, how)
+    return fastest(options, measured(format, x, options, how)) if worth(format, x, options, how) else options[0]
+
+
+def worth(format: Format | Rounded, x: Tensor, options: list[Route], how: How) -> bool:
+    """Is there anything to measure, and may it be measured now?"""
     exact = x.dtype in (torch.float32, torch.float64) and not isinstance(format, Rounded)
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph cannot be captured around a measurement
-    if len(options) == 1 or how.policy == "dense" or exact or capturing or format.shape[0] * format.shape[1] < SMALL:
-        return options[0]
-    return fastest(options, measured(format, x, options, how))
+    return len(options) > 1 and how.policy != "dense" and not exact and not capturing and format.shape[0] * format.shape[1] >= SMALL
+
+
+@torch.no_grad()
+def tuned(format: Format, x: Tensor, how: How = AUTO) -> dict[str, Any]:
+    """What `compress tune` tells: every route and tiling raced at the edge of x's bucket, the one that is taken, and why other kernels are not there."""
+    seen = leaf(format, how)
+    options = routes(seen, x, how)
+    us = measured(seen, x, options, how, tilings=True) if worth(seen, x, options, how) else {}
+    return {"route": (fastest(options, us) if us else options[0]).name, "us": us,
+            "refused": {name: why for name, why in reasons(seen, x).items() if why} if not isinstance(seen, COMBINATORS) else {}}  # fmt: skip
+
+
+def leaf(format: Format, how: How) -> Format | Rounded:
+    """The weight as kernels see it: a leaf says how its input is rounded, the parts of a combinator will."""
+    return format if isinstance(format, COMBINATORS) else rounded(format, how.activations)
 
 
 def fastest(options: list[Route], us: dict[str, float]) -> Route:

@@ -394,15 +394,21 @@ def test_a_real_measurement_leaves_the_random_numbers_alone(cache_folder, monkey
     assert torch.equal(state, torch.get_rng_state()) and len(json.loads((cache_folder / "tune.json").read_text())) == 1
 
 
-def test_bench_reports_every_path(monkeypatch, capsys):
-    monkeypatch.setattr(tune, "FLUSH", 2**16)
-    monkeypatch.setattr(tune, "race", lambda runs, twins, device, seconds: {name: 2.0 for name in runs})
+def test_bench_reports_every_path(monkeypatch, capsys, cache_folder):
+    monkeypatch.setattr(tune, "race", lambda runs, twins, device, seconds=0.2: {name: 2.0 for name in runs})
+    monkeypatch.setattr(bench, "ceilings", lambda device: {"read GB/s": 10.0})
     monkeypatch.setattr(bench, "SHAPES", {"cpu": [(32, 256)]})
     monkeypatch.setattr(bench, "ROWS", {"cpu": (1, 5)})
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--json"])
+    monkeypatch.setattr(bench, "CPU", tuple(bench.FORMATS))
+    file, document = cache_folder / "bench.json", cache_folder / "kernels.md"
+    document.write_text("# Kernels\n\nAbove.\n\n<!-- bench cpu -->\nold\n<!-- bench cpu -->\n\nBelow.\n")
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--json", str(file), "--write", str(document)])
     bench.main()
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    assert len(rows) == 2 * (1 + len(bench.FORMATS)) and all(row["speedup"] == 1 and row["error"] < 0.01 for row in rows)
+    result = json.loads(file.read_text())
+    assert len(result["rows"]) == 2 * (1 + len(bench.FORMATS)) and not result["notes"]
+    assert all(r["speedup"] == 1 and (r["path"] == bench.DENSE or (r["error"] < 0.01 and r["kernel"])) for r in result["rows"])
+    text = document.read_text()
+    assert capsys.readouterr().out.strip() in text and "Above." in text and "Below." in text and "old" not in text and text.count("bench cpu") == 2
 
 
 # ---------------------------------------------------------------- only on a GPU
@@ -437,4 +443,4 @@ def test_gpu_dispatch_in_a_cuda_graph(cache_folder):
 def test_gpu_bench(monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"cuda": [(1024, 1024)]})
     monkeypatch.setattr(bench, "ROWS", {"cuda": (1, 64)})
-    assert all(row["us"] > 0 and row["error"] < 0.01 for row in bench.bench("cuda"))
+    assert all(row["us"] > 0 and (row["error"] or 0) < 0.01 for row in bench.bench("cuda", []))
