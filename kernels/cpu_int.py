@@ -86,7 +86,8 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x bf16 [m, in] → bf16 [m, out]."""
     x = x.contiguous()
     if packed.group:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed.weight, packed.group, packed.scales)[:, : packed.out]
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed.weight, packed.group, packed.scales)
+        y = y if y.shape[1] == packed.out else y[:, : packed.out]
     else:
         y = torch.ops.aten._weight_int8pack_mm(x, packed.weight, packed.scales)
     return y if bias is None else y + bias.to(y.dtype)

@@ -84,10 +84,7 @@ def matmul(x: Tensor, format: Format | Callable[[], Format], bias: Tensor | None
     """
     cache = {} if cache is None else cache
     key = bucket(x.numel() // x.shape[-1]), x.dtype, x.requires_grad and torch.is_grad_enabled(), *how
-    if key in cache:
-        route, prepared = cache[key]
-    else:
-        route, prepared = _open(x.reshape(-1, x.shape[-1]), format() if callable(format) else format, cache, key)
+    route, prepared = cache.get(key) or _open(x.reshape(-1, x.shape[-1]), format() if callable(format) else format, cache, key)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if route is CACHED:
