@@ -29,7 +29,7 @@ from . import dispatch, peers, reference, tune
 from .activations import Grid, Rounded, dequantize, quantize, rounded
 from .dispatch import How
 
-SHAPES = {"cpu": [(1024, 384), (384, 1024), (4096, 4096)],  # the yardstick's gate and down, an 8B model's o
+SHAPES = {"cpu": [(1024, 384), (4096, 4096)],  # the yardstick's gate and up, an 8B model's o
           "cuda": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)]}  # 8B and 70B
 ROWS = {"cpu": (1, 4, 16, 64), "cuda": (1, 4, 16, 64, 256, 2048)}
 STACK = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # linears of one block of an 8B model
