@@ -8,7 +8,7 @@
 
 A kernel is a file with three functions, and a line in KERNELS:
 
-    supports(format, x) → None, or the reason why not          format: a leaf, or Rounded(leaf) where activations are rounded
+    supports(format, x) → None, or the reason why not          format: what the layer holds; Rounded(leaf) where activations are rounded
     prepare(format, dtype) → anything                          once a module and dtype: the repacked weight
     matmul(x [m, in], prepared, bias) → [m, out]               every call: no host sync, nothing allocated but the result
     variants(format, x) → {name: another matmul}               optional: other tilings of the same kernel, raced by `compress tune` only
@@ -143,7 +143,7 @@ def tuned(format: Format, x: Tensor, how: How = AUTO) -> dict[str, Any]:
     options = routes(seen, x, how)
     us = measured(seen, x, options, how, tilings=True) if worth(seen, x, options, how) else {}
     return {"route": (fastest(options, us) if us else options[0]).name, "us": us,
-            "refused": {name: why for name, why in reasons(seen, x).items() if why} if not isinstance(seen, COMBINATORS) else {}}  # fmt: skip
+            "refused": {name: why for name, why in reasons(seen, x).items() if why}}
 
 
 def leaf(format: Format, how: How) -> Format | Rounded:
@@ -187,13 +187,13 @@ def copied(format: Format | Rounded) -> Format | Rounded:
 def routes(format: Format | Rounded, x: Tensor, how: How = AUTO) -> list[Route]:
     """Whatever can run `format` on x, the plain route first."""
     options = [plain(format, how)]
-    if not isinstance(format, COMBINATORS):
-        return options + [_kernel_route(name, x.device.type, format, x) for name, why in reasons(format, x).items() if why is None]
-    if how.memory == "keep" and not how.activations:  # a combinator may be written out, unless its factors are the smaller matrices
+    if isinstance(format, COMBINATORS):
+        if how.activations:  # only its leaves know where the input is rounded
+            return options
         chain = [factor.shape for factor in format.factors] if isinstance(format, Product) else []
-        if not chain or sum(a * b for a, b in chain) >= format.shape[0] * format.shape[1]:
-            options.append(CACHED)
-    return options
+        if how.memory == "keep" and (not chain or sum(a * b for a, b in chain) >= format.shape[0] * format.shape[1]):
+            options.append(CACHED)  # written out, unless its factors are the smaller matrices
+    return options + [_kernel_route(name, x.device.type, format, x) for name, why in reasons(format, x).items() if why is None]
 
 
 def reasons(format: Format | Rounded, x: Tensor) -> dict[str, str | None]:
