@@ -51,9 +51,9 @@ from .healing.options import Heal
 from .hf import empty
 from .judge import Judge
 from .kernels import dispatch
-from .latency import Clock, parse_latency, routed, surroundings, timed
 from .kernels.activations import LARGEST
 from .kernels.dispatch import How, Memory
+from .latency import Clock, parse_latency, routed, surroundings, timed
 from .linear import CompressedLinear
 from .omit import offered, priced
 from .preflight import EVAL_TOKENS, SCHEDULE_WINDOWS, Plan

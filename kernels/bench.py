@@ -187,7 +187,7 @@ def measure(found: list[Line], x: Tensor, notes: list[str]) -> dict[str, float]:
     if x.is_cuda:
         return {name: graph_us(path.copies, x) for name, path in works.items()}
     runs, twins = ({name: functools.partial(path.copies[i], x) for name, path in works.items()} for i in (0, 1))
-    return tune.race(runs, twins, x.device)
+    return tune.race(runs, x.device, twins=twins)
 
 
 @torch.inference_mode()
@@ -219,7 +219,7 @@ def ceilings(device: str) -> dict[str, float]:
     a = torch.ones(size // 4, device=device)
     if device == "cpu":
         b, w = torch.empty_like(a), torch.ones(2048, 2048, dtype=torch.bfloat16)
-        us = tune.race(runs := {"read": a.sum, "copy": lambda: b.copy_(a), "bf16": lambda: w @ w}, runs, a.device, seconds=0.5)
+        us = tune.race({"read": a.sum, "copy": lambda: b.copy_(a), "bf16": lambda: w @ w}, a.device, seconds=0.5)
         return {"read GB/s": size / us["read"] / 1e3, "copy GB/s": 2 * size / us["copy"] / 1e3, "bf16 TFLOP/s": 2 * 2048**3 / us["bf16"] / 1e6}
     found = {"read GB/s": size / capture_us(a.sum) / 1e3}
     b = torch.empty_like(a)

@@ -29,7 +29,7 @@ Runs = Mapping[str, Callable[[], object]]
 FLUSH = 2**27  # bytes written before each run: more than any last-level cache, so weights come from memory as between two decoding steps
 
 
-def race(runs: Runs, twins: Runs, device: torch.device, seconds: float = 0.2) -> dict[str, float]:
+def race(runs: Runs, device: torch.device, seconds: float = 0.2, twins: Runs | None = None) -> dict[str, float]:
     """Median microseconds of each run. They take turns, so a neighbour's load slows all of them alike.
 
     twins: the same on other copies of the weights. On CPU each timed run comes behind its twin, and that behind a flush of the caches: code and
@@ -37,17 +37,17 @@ def race(runs: Runs, twins: Runs, device: torch.device, seconds: float = 0.2) ->
     """
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for run in (*runs.values(), *twins.values()):
+    for run in (*runs.values(), *(twins or {}).values()):
         run()
     deadline = time.perf_counter() + seconds * len(runs)
     for turn in itertools.count():
         if turn >= 5 and time.perf_counter() > deadline:
             return {name: statistics.median(us) for name, us in samples.items()}
         for name, run in runs.items():
-            samples[name].append(_once_us(run, twins[name], flush))
+            samples[name].append(_once_us(run, twins[name] if twins else None, flush))
 
 
-def _once_us(run: Callable[[], object], twin: Callable[[], object], flush: torch.Tensor) -> float:
+def _once_us(run: Callable[[], object], twin: Callable[[], object] | None, flush: torch.Tensor) -> float:
     if flush.is_cuda:
         with torch.cuda.device(flush.device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -59,7 +59,8 @@ def _once_us(run: Callable[[], object], twin: Callable[[], object], flush: torch
             end.synchronize()
             return 1e3 * start.elapsed_time(end)
     flush.zero_()
-    twin()
+    if twin:
+        twin()
     begin = time.perf_counter()
     run()
     return 1e6 * (time.perf_counter() - begin)
@@ -103,7 +104,8 @@ def timings(situation: str, device: torch.device, build: Callable[[], tuple[Runs
     file = table_file()
     table = memory(file)
     if not set(names) <= table.get(situation, {}).keys():
-        us = race(*build(), device)
+        runs, twins = build()
+        us = race(runs, device, twins=twins)
         table[situation] = table.get(situation, {}) | us
         log.info("measured %s: %s", situation, ", ".join(f"{name} {t:.0f} us" for name, t in us.items()))
         write(file, read(file) | {situation: table[situation]})

@@ -102,7 +102,7 @@ def quick(tmp_path, monkeypatch):
     """Nothing is timed: the kernel that `fast` names wins wherever it runs."""
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     fast = {"cpu-pack", "cpu-int-mm"}
-    monkeypatch.setattr(tune, "race", lambda runs, twins, device, seconds=0.2: {name: 1.0 if name in fast else 100.0 for name in runs})
+    monkeypatch.setattr(tune, "race", lambda runs, device, seconds=0.2, twins=None: {name: 1.0 if name in fast else 100.0 for name in runs})
     monkeypatch.setattr(dispatch, "SMALL", 0)
     return fast
 
@@ -136,7 +136,7 @@ def test_tables_that_ship_are_read_and_not_written_back(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tune").mkdir()
     (tmp_path / "tune" / "h200.json").write_text(json.dumps({"known": {"a": 1.0, "b": 2.0}}))
-    monkeypatch.setattr(tune, "race", lambda runs, twins, device: dict.fromkeys(runs, 3.0))
+    monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: dict.fromkeys(runs, 3.0))
     cpu, build = torch.device("cpu"), lambda: ({"a": None}, {"a": None})
     assert tune.timings("known", cpu, build, ["a", "b"]) == {"a": 1.0, "b": 2.0} and not (tmp_path / "cache").exists()
     assert tune.timings("new", cpu, build, ["a"]) == {"a": 3.0}

@@ -207,7 +207,7 @@ def races(cache_folder, monkeypatch):
 
     held = Races()
 
-    def race(runs, twins, device, seconds=0.2):
+    def race(runs, device, seconds=0.2, twins=None):
         held.append(set(runs))
         for name in runs:
             assert torch.equal(runs[name](), twins[name]())
@@ -383,7 +383,7 @@ def test_the_door_opens_without_triton():
 def test_a_race_is_won_by_the_faster_run(monkeypatch):
     monkeypatch.setattr(tune, "FLUSH", 2**20)
     a, b = torch.randn(16, 64), torch.randn(1024, 1024)
-    us = tune.race(runs := {"small": lambda: a @ a.T, "large": lambda: b @ b}, runs, torch.device("cpu"), seconds=0.01)
+    us = tune.race({"small": lambda: a @ a.T, "large": lambda: b @ b}, torch.device("cpu"), seconds=0.01)
     assert us["small"] < us["large"]
 
 
@@ -395,7 +395,7 @@ def test_a_real_measurement_leaves_the_random_numbers_alone(cache_folder, monkey
 
 
 def test_bench_reports_every_path(monkeypatch, capsys, cache_folder):
-    monkeypatch.setattr(tune, "race", lambda runs, twins, device, seconds=0.2: {name: 2.0 for name in runs})
+    monkeypatch.setattr(tune, "race", lambda runs, device, seconds=0.2, twins=None: {name: 2.0 for name in runs})
     monkeypatch.setattr(bench, "ceilings", lambda device: {"read GB/s": 10.0})
     monkeypatch.setattr(bench, "SHAPES", {"cpu": [(32, 256)]})
     monkeypatch.setattr(bench, "ROWS", {"cpu": (1, 5)})
