@@ -29,6 +29,7 @@ from .api import (
     plan,
     report,
     run,
+    tune_kernels,
     verify,
 )
 from .errors import CompressError
@@ -41,5 +42,5 @@ eval = evaluate
 
 __all__ = [
     "CompressError", "Page", "Recipe", "Report", "Step", "__version__", "auto", "can_export", "compare", "diagnose", "eval", "evaluate", "export", "extract",
-    "heal", "import_checkpoint", "inspect", "load", "loads_in", "plan", "report", "run", "verify",
+    "heal", "import_checkpoint", "inspect", "load", "loads_in", "plan", "report", "run", "tune_kernels", "verify",
 ]  # fmt: skip

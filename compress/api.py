@@ -23,9 +23,9 @@ import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedConfig
 
-from . import allocate, artifact, importing, plots, preflight, progress, transforms, verification
+from . import allocate, artifact, importing, linear, plots, preflight, progress, transforms, verification
 from . import distill as _distill
 from . import recipe as _recipe
 from .allocate import Allocation
@@ -50,6 +50,9 @@ from .heal import heal as _heal
 from .healing.options import Heal
 from .hf import empty
 from .judge import Judge
+from .kernels import dispatch
+from .kernels.activations import LARGEST
+from .kernels.dispatch import How, Memory
 from .latency import Clock, parse_latency, routed, surroundings, timed
 from .linear import CompressedLinear
 from .omit import offered, priced
@@ -356,12 +359,18 @@ def diagnose(model: str, calibration: str | CalibrationSet = "stdlib", *, sample
 
 
 def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
-         memory: Literal["keep", "bounded"] = "keep", trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
+         memory: Literal["keep", "bounded"] = "keep", activations: str | None = None, fuse: bool = False, compile: bool = False,
+         rows: Sequence[int] = (1,), trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
     """A Hugging Face model from an artifact (or a plain checkpoint), ready for generate().
 
     policy "auto" multiplies by the fastest kernel measured on this machine, "dense" by the dequantized weight in a fixed order.
     memory "keep" lets a layer keep a dense copy where that is fastest, "bounded" never does.
+    activations int8, int4 or fp8: what compressed weights multiply is rounded to it, one scale a token (kernels/activations.py).
+    fuse: q, k and v, and gate and up, are multiplied as one where their formats are of one kind (architectures of compress/arch.py).
+    compile: generate() compiles its decoding step (torch.compile, fullgraph, static cache); `rows` are the batch sizes that will meet it.
     """
+    if activations not in (None, *LARGEST):
+        raise CompressError(f"activations {activations!r}: use {', '.join(LARGEST)}")
     folder = resolve(path)
     if any((folder / name).is_file() for name in (MANIFEST, PARTIAL)):
         read_manifest(folder)
@@ -377,20 +386,52 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     model = model.to(_device(device)).eval()
     for module in model.modules():
         if isinstance(module, CompressedLinear):
-            module.policy, module.memory = policy, memory
+            module.how = How(policy, memory, activations)  # type: ignore[arg-type]
+    if fuse:
+        linear.fuse(model)
+    if compile:
+        linear.ready(model, rows, model.dtype)
+        model.generation_config.cache_implementation = "static"
+        model.generation_config.compile_config = compiled = CompileConfig(fullgraph=True, mode="default" if model.device.type == "cpu" else "reduce-overhead")
+        compiled._compile_all_devices = True  # else generate() compiles for CUDA alone
     return model
+
+
+def tune_kernels(path: str, rows: Sequence[int] = (1, 4, 16, 64, 256), *, dtype: str = "auto", device: str = "auto", memory: Memory = "keep",
+                 activations: str | None = None, trust_remote_code: bool = False, show: bool = True) -> list[dict[str, Any]]:  # fmt: skip
+    """Measure now what generate() would measure when it meets it, and every tiling of kernels that have several; tune.json remembers (kernels/tune.py).
+
+    A record for every kind of layer, shape and number of rows: {"format", "shape", "layers", "rows", "route", "us": {route: microseconds}, "refused":
+    {kernel: why not}}; `us` is empty where there was nothing to choose. Raises CompressError on bad input.
+    """
+    device = _device(device)
+    model = load(path, dtype=None if dtype == "auto" else _named(dtype), device=device, memory=memory, activations=activations,
+                 trust_remote_code=trust_remote_code)  # fmt: skip
+    kinds: dict[tuple, list[CompressedLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            kinds.setdefault((module.format.describe(), module.format.shape), []).append(module)
+    if not kinds:
+        raise CompressError(f"{path}: no compressed layers, so there is no kernel to choose")
+    found = []
+    for (described, shape), layers in progress.steps(list(kinds.items()), "layer shapes", show):
+        for m in rows:
+            chosen = dispatch.tuned(layers[0].format, torch.zeros(m, shape[1], dtype=model.dtype, device=device), layers[0].how)
+            found.append({"format": described, "shape": list(shape), "layers": len(layers), "rows": m} | chosen)
+    return found
 
 
 def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet = "stdlib", *, samples: int | None = None, seqlen: int | None = 512,
              seed: int = 0, device: str = "auto", dtype: str = "float32", speed: bool = False, tasks: Sequence[str] = (),
-             limit: int | None = None, drift: int = 0, lengths: Sequence[int] = (), stream: bool = False, fresh: bool = False, show: bool = True,
-             trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
+             limit: int | None = None, drift: int = 0, lengths: Sequence[int] = (), activations: str | None = None, stream: bool = False,
+             fresh: bool = False, show: bool = True, trust_remote_code: bool = False) -> dict[str, Any]:  # fmt: skip
     """Perplexity (token and word), KL(reference ‖ compressed), top-1 agreement, each with a standard error; size; speed where asked.
 
     Both models see the same windows in the same pass, in `dtype` arithmetic with dequantized weights. samples=None: all of the text.
     tasks: lm-eval's names or .yaml files, the first `limit` questions of each. drift: continue that many prompts greedily with both models and count tokens
     until they part (eval/drift.py). lengths: perplexity and KL by the length of the context (eval/context.py).
-    stream: both models block by block, one block of each in memory instead of the whole; not for speed, tasks, drift and lengths, which run the model.
+    activations: int8, int4 or fp8, as `load` rounds what compressed weights multiply.
+    stream: both models block by block, one block of each in memory instead of the whole; not for the options above, which run the model.
     The keys are those of eval/compare.py plus bits_per_weight, bytes, setup and, where asked, speed, tasks, drift, context (reference.speed, .tasks).
     Figures of an artifact are kept by content in OUT.eval.json beside it (eval/cache.py); fresh=True measures again. Speed is always measured.
     """
@@ -400,12 +441,13 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
     source = resolve(reference) if reference else None
     if drift and not source:
         raise CompressError("drift compares two models: give --reference")
-    if stream and (speed or tasks or drift or lengths):
-        raise CompressError("block by block there is no model to run: --stream goes with --no-speed and without tasks, drift (--prompts 0) and lengths")
+    if stream and (speed or tasks or drift or lengths or activations):
+        raise CompressError("block by block there is no model to run: --stream goes with --no-speed and without tasks, drift (--prompts 0), lengths and "
+                            "activations")  # fmt: skip
 
     @cache
     def model(which: Path) -> nn.Module:
-        return load(str(which), dtype=torch_dtype, device=device, policy="dense", trust_remote_code=trust_remote_code)
+        return load(str(which), dtype=torch_dtype, device=device, policy="dense", activations=activations, trust_remote_code=trust_remote_code)
 
     def windows(samples: int | None, seqlen: int) -> CalibrationSet:
         if isinstance(data, CalibrationSet):
@@ -460,6 +502,7 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
     text = windows(samples, seqlen or 512)
     key = {"artifact": _cache.stamp(folder), "reference": source and _cache.stamp(source), "data": _digest(text), "words": text.words, "dtype": dtype,
            "device": torch.device(device).type, "torch": torch.__version__, "compress": __version__}  # fmt: skip
+    key |= {"activations": activations} if activations else {}
 
     tell = partial(progress.line, show=show)
 
@@ -471,7 +514,8 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
     result: dict[str, Any] = dict(kept("figures", figures))
     result |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(folder), strict=True)), "bytes": weight_bytes(folder),
                "fallbacks": text.fallbacks, "data": text.record,
-               "setup": {"dtype": dtype, "device": device, "torch": torch.__version__, "compress": __version__, "machine": platform.machine()}}  # fmt: skip
+               "setup": {"dtype": dtype, "activations": activations, "device": device, "torch": torch.__version__, "compress": __version__,
+                         "machine": platform.machine()}}  # fmt: skip
     if source:
         result["reference"] |= {"bits_per_weight": dict(zip(("linear", "model"), _bits(source), strict=True)), "bytes": weight_bytes(source)}
     if lengths:
@@ -488,7 +532,7 @@ def evaluate(path: str, reference: str | None = None, data: str | CalibrationSet
     if speed:
         from .eval import speed as _speed  # imported when run, so that `python -m compress.eval.speed` is not imported twice
 
-        result["speed"] = _speed.measure(str(folder), device=device)  # in the model's own dtype, as it would be served
+        result["speed"] = _speed.measure(str(folder), device=device, activations=activations)  # in the model's own dtype, as it would be served
         if source:
             result["reference"]["speed"] = _speed.measure(str(source), device=device)
     return result

@@ -56,6 +56,7 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what OUT.eva
 Tasks = Annotated[str | None, typer.Option(help="lm-eval's tasks, names or .yaml files: hellaswag,arc_easy")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions of each task; default all")]
 Lengths = Annotated[str | None, typer.Option(help="Perplexity and KL by the length of the context: 512,1024,2048")]
+Activations = Annotated[str | None, typer.Option(help="Round what compressed weights multiply, one scale a token: int8, int4 or fp8")]
 Remote = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint")]
 
 
@@ -260,7 +261,7 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
              seed: Seed = 0, device: Device = "auto", dtype: DType = "float32", speed: Speed = True,
              tasks: Tasks = None, limit: Limit = None,
              drift: Annotated[int, typer.Option(min=0, help="Texts to continue greedily with both models: how many tokens until they part")] = 0,
-             lengths: Lengths = None, stream: Streamed = False, fresh: Fresh = False,
+             lengths: Lengths = None, activations: Activations = None, stream: Streamed = False, fresh: Fresh = False,
              trust_remote_code: Remote = False, json_: Json = None) -> None:  # fmt: skip
     """Perplexity, KL to the original, top-1 agreement with standard errors; bits, bytes, speed and memory, both models in one run.
 
@@ -269,7 +270,7 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
     compress eval out --reference Qwen/Qwen3-0.6B --tasks hellaswag,arc_easy --limit 200 --samples 16
     """
     result = api.evaluate(path, reference, data, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, speed=speed,
-                          tasks=_list(tasks), limit=limit, drift=drift, lengths=_lengths(lengths), stream=stream, fresh=fresh,
+                          tasks=_list(tasks), limit=limit, drift=drift, lengths=_lengths(lengths), activations=activations, stream=stream, fresh=fresh,
                           trust_remote_code=trust_remote_code)  # fmt: skip
     ref = result["reference"] or {}
     table = Table("", Path(path).name, *([Path(reference).name] if reference else []))
@@ -288,7 +289,8 @@ def evaluate(path: Annotated[str, typer.Argument(help="An artifact, or any model
         out.print(f"KL(original ‖ compressed) {_pm(result['kl']['mean'], result['kl']['stderr'], 5)} nats a token, "
                   f"top-1 agreement {_pm(result['top1']['agreement'], result['top1']['stderr'], 4)}", highlight=False)  # fmt: skip
     _more(result, ref)
-    out.print(f"{result['windows']} windows of {seqlen} from {data}, {result['tokens']} targets, {dtype} arithmetic; {result['data'].get('bos', '')}",
+    arithmetic = f"{dtype} arithmetic{f', {activations} activations' if activations else ''}"
+    out.print(f"{result['windows']} windows of {seqlen} from {data}, {result['tokens']} targets, {arithmetic}; {result['data'].get('bos', '')}",
               highlight=False, soft_wrap=True)  # fmt: skip
     for f in result["fallbacks"]:
         out.print(f"fallback: {f['what']} at {f['where']}: {f['detail']}", style="yellow", highlight=False, soft_wrap=True)
@@ -320,10 +322,14 @@ def _list(text: str | None) -> list[str]:
 
 
 def _lengths(text: str | None) -> list[int]:
+    return _numbers(text, "--lengths", "tokens, e.g. 512,1024,2048")
+
+
+def _numbers(text: str | None, option: str, of: str) -> list[int]:
     try:
         return [int(t) for t in _list(text)]
     except ValueError as error:
-        raise CompressError(f"--lengths {text}: expected numbers of tokens, e.g. 512,1024,2048") from error
+        raise CompressError(f"{option} {text}: expected numbers of {of}") from error
 
 
 @app.command()
@@ -468,6 +474,30 @@ def verify(path: Artifact, trust_remote_code: Remote = False, json_: Json = None
     if not result.ok:
         raise typer.Exit(1)
     out.print(f"{path}: {result.tensors} tensors, {size(result.bytes)}, all as written; KL to the model in memory {result.kl:.1e} nats", highlight=False)
+
+
+@app.command()
+def tune(path: Artifact, rows: Annotated[str, typer.Option(help="Numbers of rows (tokens of one forward) to measure at")] = "1,4,16,64,256",
+         memory: Annotated[str, typer.Option(help="keep: layers may keep a dense copy; bounded: they may not")] = "keep",
+         activations: Activations = None, device: Device = "auto", dtype: DType = "auto", trust_remote_code: Remote = False,
+         json_: Json = None) -> None:  # fmt: skip
+    """Measure the kernels for every layer shape of an artifact now, instead of when generate() first meets it. The fastest are remembered.
+
+    compress tune out
+    compress tune out --rows 1,16 --activations int8 --json tune.json
+    """
+    if memory not in ("keep", "bounded"):
+        raise CompressError(f"--memory {memory}: keep or bounded")
+    found = api.tune_kernels(path, _numbers(rows, "--rows", "rows, e.g. 1,16"), dtype=dtype, device=device, memory=memory, activations=activations,
+                             trust_remote_code=trust_remote_code)  # fmt: skip
+    table = Table("format", "shape", "layers", "rows", "kernel", "µs", "others")
+    for r in found:
+        others = ", ".join(f"{name} {us:.0f}" for name, us in r["us"].items() if name != r["route"])
+        table.add_row(r["format"], "×".join(map(str, r["shape"])), str(r["layers"]), str(r["rows"]), r["route"],
+                      f"{r['us'][r['route']]:.0f}" if r["us"] else "–", others or "–")  # fmt: skip
+    out.print(table)
+    out.print("– where there is nothing to choose; kernels that refuse a format say why in --json", highlight=False)
+    save(json_, {"layers": found})
 
 
 @app.command()

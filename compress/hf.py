@@ -45,6 +45,10 @@ class CompressQuantizer(HfQuantizer):
         return False  # copy the artifact folder instead: save_pretrained would lose the manifest
 
     @property
+    def is_compileable(self) -> bool:
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         return False
 

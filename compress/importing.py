@@ -93,7 +93,7 @@ class Packed(Checkpoint):
                          if pattern == p and re.search(rf"\.{e}\.", key.removeprefix(self.block_name(i)))]  # fmt: skip
                 if any(m not in self.packed for m in parts):
                     raise CompressError(f"{self.name}: {group.target}: only some of its parts are quantized")
-                found[f"{parent}.{e}.{leaf}"] = join_rows([self.format(m) for m in parts], f"{group.target}[{e}]")
+                found[f"{parent}.{e}.{leaf}"] = _stacked([self.format(m) for m in parts], f"{group.target}[{e}]")
         return found
 
 
@@ -122,3 +122,12 @@ def write(source: Packed, writer: Writer, probe: Stream, kept: int) -> Manifest:
     parameters = sum(torch.Size(e.shape).numel() for e in source.entries.values())
     sizes = totals(headers, parameters, sum(e.nbytes for e in read_headers(source.path).values()))
     return writer.finish(headers, source.path, source.changes, source.blocks_path, sizes, __version__)
+
+
+def _stacked(parts: list[Packable], where: str) -> Format:
+    """Rows of one weight below those of the other."""
+    if len({p.describe() for p in parts}) > 1:
+        raise CompressError(f"{where}: its parts differ: {' and '.join(p.describe() for p in parts)}")
+    if (whole := join_rows(parts)) is None:
+        raise CompressError(f"{where}: its parts have scales that one {parts[0].describe()} cannot hold")
+    return whole

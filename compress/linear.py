@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .arch import table_entry
 from .errors import CompressError
-from .formats import Format, build
+from .formats import Format, build, join_rows
 from .kernels import dispatch
+from .kernels.dispatch import AUTO, How
 
 
 class CompressedLinear(nn.Module):
     """y = x · Ŵᵀ + b. The Format's tensors are buffers of this module, so state_dict, .to() and safetensors see plain tensors.
 
-    `policy` and `memory` are handed to kernels.dispatch: "auto" takes the fastest measured path, "dense" multiplies by the dequantized
-    matrix in a fixed order (evaluation and verification), and memory="bounded" never keeps a dense copy.
+    `how` is handed to kernels.dispatch: policy "auto" takes the fastest measured path, "dense" multiplies by the dequantized matrix in a fixed
+    order (evaluation and verification); memory "bounded" never keeps a dense copy; activations "int8" rounds the input, one scale a token.
     """
 
-    def __init__(self, weight: Format, bias: Tensor | None = None, *, policy: str = "auto", memory: str = "keep"):
+    def __init__(self, weight: Format, bias: Tensor | None = None, how: How = AUTO):
         super().__init__()
         self.meta = weight.meta()
         self.out_features, self.in_features = weight.shape
@@ -28,8 +31,9 @@ class CompressedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.borrowed: dict[str, tuple[nn.Module, str]] = {}
-        self.policy, self.memory = policy, memory
+        self.how = how
         self.cache: dict = {}  # what the chosen kernel prepared from the tensors; never saved
+        self.fused: tuple[Fused, int] | None = None  # multiplied together with others, of which it is the i-th
 
     def borrow(self, name: str, owner: CompressedLinear, key: str) -> None:
         """From now on tensor `name` is `key` of another layer, which stores it for both (a factor that two linears share)."""
@@ -42,9 +46,18 @@ class CompressedLinear(nn.Module):
         own = {name: getattr(self, name) for name in self.tensor_names}
         return build(self.meta, own | {name: getattr(owner, key) for name, (owner, key) in self.borrowed.items()})
 
+    def _weight(self) -> Format:  # building it at every call would take longer than a small matmul
+        return self.format
+
+    def _forget(self) -> None:
+        """The tensors are about to change."""
+        self.cache.clear()
+        if self.fused:
+            self.fused[0].cache.clear()
+
     def _apply(self, fn, recurse=True):
         """Moves between devices, but keeps the stored dtypes: .half() must not round scales that were rounded once already."""
-        self.cache.clear()
+        self._forget()
         before = {name: getattr(self, name) for name in self.tensor_names}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -53,17 +66,83 @@ class CompressedLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):
-        self.cache.clear()
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self):
         return {**self.__dict__, "cache": {}}  # prepared kernels are closures over this process
 
     def forward(self, x: Tensor) -> Tensor:
-        return dispatch.matmul(x, self.format, self.bias, self.cache, policy=self.policy, memory=self.memory)
+        if self.fused:
+            return self.fused[0](self.fused[1], x)
+        return dispatch.matmul(x, self._weight, self.bias, self.cache, self.how)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, weight={self.format.describe()}"
+
+
+class Fused:
+    """Linears that read the same input, multiplied as one weight: q, k and v; gate and up.
+
+        [q; k; v] = x · [W_q; W_k; W_v]ᵀ
+
+    One launch for three, and a tall weight where k and v alone are too short to fill a device. The first of them to be called multiplies for all
+    and keeps the product; the others, given the very same tensor, take their rows of it. The tensors of each layer stay where they are, so
+    state_dict and artifact know nothing of it; kernels that read codes as they lie on disk keep a joined copy of them.
+    """
+
+    def __init__(self, members: Sequence[CompressedLinear]):
+        self.members, self.rows = list(members), [m.out_features for m in members]
+        self.cache: dict = {}  # of the joined weight; the members' own stay empty
+        self.x: Tensor | None = None
+        self.parts: dict[int, Tensor] = {}  # rows of the last product that nobody has taken yet
+        for i, member in enumerate(members):
+            member.fused = self, i
+
+    def __getstate__(self):
+        return {**self.__dict__, "cache": {}, "x": None, "parts": {}}
+
+    def weight(self) -> Format:
+        return join_rows([m.format for m in self.members])  # type: ignore[return-value]
+
+    def bias(self) -> Tensor | None:
+        return None if self.members[0].bias is None else torch.cat([m.bias for m in self.members])
+
+    def __call__(self, i: int, x: Tensor) -> Tensor:
+        if self.x is not x or i not in self.parts:
+            y = dispatch.matmul(x, self.weight, self.bias(), self.cache, self.members[0].how)
+            self.x, self.parts = x, dict(enumerate(y.split(self.rows, -1)))
+        y = self.parts.pop(i)
+        if not self.parts:
+            self.x = None
+        return y
+
+
+def fuse(model: nn.Module) -> list[Fused]:
+    """Let linears that read one activation and have one kind of format be multiplied together. In place; only of the architectures of arch.py."""
+    made: list[Fused] = []
+    if (arch := table_entry(model)) is None:
+        return made
+    for block in model.get_submodule(arch.blocks):
+        for site in arch.sites_of(block):
+            layers = [m for m in map(block.get_submodule, site.linears) if isinstance(m, CompressedLinear)]
+            alike = len(layers) > 1 and len({m.bias is None for m in layers}) == 1
+            if alike and join_rows([m.format for m in layers]) is not None:
+                made.append(Fused(layers))
+    return made
+
+
+def ready(model: nn.Module, rows: Iterable[int], dtype: torch.dtype) -> None:
+    """Choose every layer's kernel for these numbers of rows now: a trace (torch.compile) or a CUDA graph cannot measure."""
+    rows = list(rows)
+    for m in model.modules():
+        if isinstance(m, CompressedLinear) and not (m.fused and m.fused[1]):
+            joined = m.fused[0] if m.fused else None
+            weight, cache = (joined.weight, joined.cache) if joined else (m._weight, m.cache)
+            for n in rows:
+                x = torch.zeros(n, m.in_features, dtype=dtype, device=next(iter(m.buffers())).device)
+                with torch.no_grad():
+                    dispatch.matmul(x, weight, None, cache, m.how)
 
 
 def in_features(module: nn.Module) -> int:
@@ -82,7 +161,7 @@ def set_weight(module: nn.Module, W: Tensor) -> None:
     module.weight = nn.Parameter(W.to(module.weight.dtype), requires_grad=False)
 
 
-def install(model: nn.Module, layers: Mapping[str, Format], *, policy: str = "auto", memory: str = "keep") -> None:
+def install(model: nn.Module, layers: Mapping[str, Format]) -> None:
     """Replace the named linears of a model (or block) by CompressedLinear, keeping their biases. In place."""
     for path, weight in layers.items():
         parent, _, leaf = path.rpartition(".")
@@ -90,4 +169,4 @@ def install(model: nn.Module, layers: Mapping[str, Format], *, policy: str = "au
             old = model.get_submodule(path)
         except AttributeError as error:
             raise CompressError(f"{path}: in the manifest, but not in the model that config.json describes") from error
-        setattr(model.get_submodule(parent), leaf, CompressedLinear(weight, old.bias, policy=policy, memory=memory))
+        setattr(model.get_submodule(parent), leaf, CompressedLinear(weight, old.bias))

@@ -75,7 +75,7 @@ class ArtifactCheckpoint(Checkpoint):
             raise CompressError(f"{self.name}: {name[:-1]} lacks {', '.join(missing)}")
         for module in block.modules():
             if isinstance(module, CompressedLinear):
-                module.policy = "dense"
+                module.how = module.how._replace(policy="dense")
         return block.to(device).eval()
 
 

@@ -1,9 +1,13 @@
-"""python -m compress.kernels.bench [--device cpu|cuda] [--json]: microseconds of every route, next to F.linear bf16 in the same run.
+"""python -m compress.kernels.bench [--device cpu|cuda] [--json FILE] [--write docs/kernels.md]: every format beside a bf16 linear, in one run.
 
-Weights come from memory, as between two decoding steps. CPU: the median of single runs that take turns, the caches overwritten before each.
-CUDA: one graph of at least 24 launches rotating over at least 200 MB of distinct weights (an H200's L2 holds 60), the median of 20 replays
-divided by the launches, so neither Python nor launch latency is in the number. GB/s counts the bytes of the artifact (codes, scales,
-zeros); the error is relative to the fp64 product of the same codes. Random data: speed does not depend on it, and nothing is downloaded.
+Weights come from memory, as between two decoding steps. CPU: the median of single calls that take turns, each behind a flush of the caches and a call
+on another copy of the weight (tune.py). CUDA: one graph of at least 24 launches that rotate over at least 200 MB of distinct weights (an H200's
+L2 holds 60), the median of 20 replays divided by the launches, so neither Python nor launch latency is in the number.
+
+A row is a layer as a model runs it: CompressedLinear beside nn.Linear, by the kernel that dispatch chose, which the row names. On CUDA there is also a row
+for every kernel that supports the format (KERNELS of dispatch.py), one for every peer that is installed (peers.py), the ceilings of the device, and
+the linears of an 8B model in one graph. GB/s counts bytes of the artifact; the error is relative to the fp64 product of the same codes (and the
+same rounded input). Random data: speed does not depend on it, and nothing is downloaded.
 """
 
 import argparse
@@ -11,43 +15,153 @@ import functools
 import json
 import math
 import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..formats import Dense, Format, IntGroup, build
-from . import dispatch, reference, tune
+from ..formats import Dense, FloatBlock, Format, IntGroup, Lut, Sparse24
+from ..linear import CompressedLinear
+from . import dispatch, peers, reference, tune
+from .activations import Grid, Rounded, dequantize, quantize, rounded
+from .dispatch import How
 
-FORMATS = {"int8 channel": (8, -1), "int4 g128": (4, 128), "int4 g128 asym": (4, 128), "int3 g128": (3, 128), "int2 g64 asym": (2, 64),
-           "ternary g128": (2, 128)}  # fmt: skip
-SHAPES = {"cpu": [(2048, 2048), (5632, 2048)],
-          "cuda": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]}  # an 8B model's qkv, o, gate and up, down  # fmt: skip
-ROWS = {"cpu": (1, 4, 16), "cuda": (1, 4, 16, 64, 256, 2048)}
+SHAPES = {"cpu": [(1024, 384), (4096, 4096)],  # the yardstick's gate and up, an 8B model's o
+          "cuda": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)]}  # 8B and 70B
+ROWS = {"cpu": (1, 4, 16, 64), "cuda": (1, 4, 16, 64, 256, 2048)}
+STACK = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # linears of one block of an 8B model
 ROTATE = 200_000_000  # bytes
+DENSE = "bf16 nn.Linear"
 
 
-def random_format(name: str, shape: tuple[int, int], generator: torch.Generator) -> IntGroup:
-    bits, group = FORMATS[name]
-    levels, groups = 3 if "ternary" in name else 2**bits, 1 if group == -1 else shape[1] // group
-    codes = torch.randint(0, levels, shape, generator=generator, dtype=torch.uint8, device=generator.device)
-    scales = (torch.rand(shape[0], groups, generator=generator, device=generator.device) + 0.5).to(torch.bfloat16)
-    zeros = torch.randint(0, levels, (shape[0], groups), generator=generator, dtype=torch.uint8, device=generator.device)
-    return IntGroup.pack(codes, scales, zeros if "asym" in name else None, bits, levels)
+def integers(bits: int, group: int, asym: bool = False, levels: int | None = None) -> Callable:
+    def make(shape: tuple[int, int], g: torch.Generator) -> IntGroup:
+        n, top = 1 if group == -1 else shape[1] // group, levels or 2**bits
+        draw = lambda *size: torch.randint(0, top, size, generator=g, dtype=torch.uint8, device=g.device)
+        return IntGroup.pack(draw(*shape), _scales(shape[0], n, g), draw(shape[0], n) if asym else None, bits, levels)
+
+    return make
 
 
-def graph_us(route: dispatch.Route, x: Tensor, weights: list) -> float:
-    """Microseconds a launch, from one CUDA graph that visits every weight."""
-    launches = max(24, len(weights))
+def _scales(out: int, n: int, g: torch.Generator) -> Tensor:
+    return (torch.rand(out, n, generator=g, device=g.device) + 0.5).to(torch.bfloat16)
+
+
+def _nf4(shape: tuple[int, int], g: torch.Generator) -> Lut:
+    codes = torch.randint(0, 16, shape, generator=g, dtype=torch.uint8, device=g.device)
+    return Lut.pack(codes, torch.linspace(-1, 1, 16, device=g.device)[None].pow(3), _scales(shape[0], shape[1] // 64, g), "nf4")
+
+
+def _floats(name: str) -> Callable:
+    def make(shape: tuple[int, int], g: torch.Generator) -> FloatBlock:
+        (out, n), draw = shape, lambda top, *size: torch.randint(0, top, size, generator=g, dtype=torch.uint8, device=g.device)
+        if name == "fp8":
+            return FloatBlock(draw(120, out, n), torch.rand(out, 1, generator=g, device=g.device), None, name)
+        scales = draw(8, out, n // (32 if name == "mxfp4" else 16)) + (124 if name == "mxfp4" else 56)
+        return FloatBlock(draw(256, out, n // 2), scales, None if name == "mxfp4" else torch.ones(1, device=g.device), name)
+
+    return make
+
+
+def _sparse(values: Callable | None) -> Callable:
+    def make(shape: tuple[int, int], g: torch.Generator) -> Sparse24:
+        half = shape[0], shape[1] // 2
+        keep = torch.tensor([True, False, True, False], device=g.device).repeat(shape[0], shape[1] // 4)
+        dense = lambda: Dense(torch.randn(half, generator=g, device=g.device).to(torch.bfloat16))
+        return Sparse24.pack(keep, values(half, g) if values else dense(), 2, 4)
+
+    return make
+
+
+FORMATS: dict[str, tuple[Callable, Grid | None]] = {
+    "int8 channel": (integers(8, -1), None), "int4 g128": (integers(4, 128), None), "int4 g128 asym": (integers(4, 128, True), None),
+    "int3 g128": (integers(3, 128), None), "int2 g64 asym": (integers(2, 64, True), None), "ternary g128": (integers(2, 128, levels=3), None),
+    "nf4 g64": (_nf4, None), "fp8 channel": (_floats("fp8"), None), "mxfp4": (_floats("mxfp4"), None), "nvfp4": (_floats("nvfp4"), None),
+    "2:4 bf16": (_sparse(None), None), "2:4 int4 g128": (_sparse(integers(4, 128)), None),
+    "W8A8": (integers(8, -1), "int8"), "W4A8": (integers(4, -1), "int8"), "W4A4": (integers(4, -1), "int4"), "fp8 A8": (_floats("fp8"), "fp8"),
+}  # fmt: skip
+CPU = ("int8 channel", "int4 g128", "int4 g128 asym", "int3 g128", "int2 g64 asym", "ternary g128", "nf4 g64", "W8A8", "W4A8")  # others run dense there
+
+
+class Line(NamedTuple):
+    """One line of the table: the same multiplication on several copies of the weight."""
+
+    name: str
+    copies: list[Callable[[Tensor], Tensor]]
+    nbytes: int
+    chosen: Callable[[Tensor], str]
+    exact: Callable[[Tensor], Tensor] | None = None
+
+
+def paths(device: str, shape: tuple[int, int], generator: torch.Generator, notes: list[str]) -> list[Line]:
+    """Every path there is for a shape, its copies prepared as they are first called."""
+    n, k = shape
+    count = lambda nbytes: 2 if device == "cpu" else math.ceil(ROTATE / nbytes)
+
+    def linear() -> nn.Linear:
+        made = nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="meta").to_empty(device=device).requires_grad_(False)
+        made.weight.copy_(torch.randn(n, k, generator=generator, device=device))
+        return made
+
+    found = [Line(DENSE, [linear() for _ in range(count(2 * n * k))], 2 * n * k, lambda x: "")]
+    for name in CPU if device == "cpu" else FORMATS:
+        make, grid = FORMATS[name]
+        format = make(shape, generator)
+        exact = functools.partial(_exact, reference.dense(format), grid)
+        layers = [CompressedLinear(dispatch.copied(format), how=How(activations=grid)) for _ in range(count(format.nbytes()))]  # type: ignore[arg-type]
+        found.append(Line(name, layers, format.nbytes(), functools.partial(_chosen, layers[0]), exact))
+        if device != "cpu":
+            found += [Line(f"{name} {kernel}", [_kernel(copy, kernel) for copy in layers], format.nbytes(), lambda x: "", exact)
+                      for kernel in dispatch.KERNELS[device]]  # fmt: skip
+            found += [Line(f"{name} {peer}", made, format.nbytes(), lambda x: "", exact)
+                      for peer, made in peers.installed(name, format, len(layers), notes).items()]  # fmt: skip
+    return found
+
+
+def _exact(W: Tensor, grid: Grid | None, x: Tensor) -> Tensor:
+    return (dequantize(*quantize(x, grid), torch.float64) if grid else x.double()) @ W.double().T
+
+
+def _chosen(layer: CompressedLinear, x: Tensor) -> str:
+    return layer.cache[dispatch.bucket(len(x)), x.dtype, False, *layer.how][0].name
+
+
+def _kernel(layer: CompressedLinear, name: str) -> Callable[[Tensor], Tensor]:
+    """One kernel whatever dispatch would choose. Raises LookupError with its reason where it does not support the weight."""
+    held: dict = {}
+
+    def run(x: Tensor) -> Tensor:
+        if not held:
+            format: Format | Rounded = rounded(layer.format, layer.how.activations)
+            if why := dispatch.reasons(format, x)[name]:
+                raise LookupError(why)
+            held["route"] = next(r for r in dispatch.routes(format, x, layer.how) if r.name == name)
+            held["prepared"] = held["route"].prepare(format, x.dtype)
+        return held["route"].run(x, held["prepared"], None)
+
+    return run
+
+
+def graph_us(copies: list[Callable[[Tensor], Tensor]], x: Tensor) -> float:
+    """Microseconds a launch, from one CUDA graph that visits every copy."""
+    launches = max(24, len(copies))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compile and let cuBLAS allocate before anything is captured
-        route.run(x, weights[0], None)
-        route.run(x, weights[-1], None)
+    with torch.cuda.stream(side):  # measure, prepare, compile and let cuBLAS allocate before anything is captured
+        for run in copies:
+            run(x)
     torch.cuda.current_stream().wait_stream(side)
+    return capture_us(lambda: [copies[i % len(copies)](x) for i in range(launches)]) / launches
+
+
+def capture_us(body: Callable[[], object]) -> float:
+    """Median microseconds of a replay of everything that `body` launches."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(launches):
-            route.run(x, weights[i % len(weights)], None)
+        body()
     samples = []
     for replay in range(23):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -56,58 +170,149 @@ def graph_us(route: dispatch.Route, x: Tensor, weights: list) -> float:
         end.record()
         end.synchronize()
         if replay >= 3:
-            samples.append(1e3 * start.elapsed_time(end) / launches)
+            samples.append(1e3 * start.elapsed_time(end))
     return statistics.median(samples)
 
 
-def clones(format: Format, count: int) -> list[Format]:
-    return [build(format.meta(), {name: t.clone() for name, t in format.tensors().items()}) for _ in range(count)]
-
-
-def measure(entries: dict[str, tuple[dispatch.Route, Format]], x: Tensor) -> dict[str, float]:
-    """Microseconds of one call of each entry."""
+def measure(found: list[Line], x: Tensor, notes: list[str]) -> dict[str, float]:
+    """Microseconds of one call of each path."""
+    works: dict[str, Line] = {}
+    for path in found:
+        try:
+            for run in path.copies[:2]:
+                run(x)
+            works[path.name] = path
+        except (LookupError, RuntimeError, ValueError, AssertionError) as error:  # a kernel or peer that does not take this shape
+            notes.append(f"{path.name}, {x.shape[0]} rows of {x.shape[1]}: {str(error).splitlines()[0]}")
     if x.is_cuda:
-        return {name: graph_us(route, x, [route.prepare(copy, x.dtype) for copy in clones(format, math.ceil(ROTATE / format.nbytes()))])
-                for name, (route, format) in entries.items()}  # fmt: skip
-    return tune.race({name: functools.partial(route.run, x, route.prepare(format, x.dtype), None) for name, (route, format) in entries.items()},
-                     x.device, seconds=1.0)  # fmt: skip
+        return {name: graph_us(path.copies, x) for name, path in works.items()}
+    runs, twins = ({name: functools.partial(path.copies[i], x) for name, path in works.items()} for i in (0, 1))
+    return tune.race(runs, x.device, twins=twins)
 
 
-@torch.no_grad()
-def bench(device: str) -> list[dict]:
+@torch.inference_mode()
+def bench(device: str, notes: list[str]) -> list[dict]:
+    """A record for every path, shape and number of rows; what did not run is told in `notes`."""
     generator = torch.Generator(device).manual_seed(0)
-    rows = []
-    for N, K in SHAPES[device]:
-        dense = Dense(torch.randn(N, K, generator=generator, device=device).to(torch.bfloat16))
-        formats = {name: random_format(name, (N, K), generator) for name in FORMATS}
-        for M in ROWS[device]:
-            x = torch.randn(M, K, generator=generator, device=device).to(torch.bfloat16)
-            entries = {"bf16 F.linear": (dispatch.CACHED, dense)}
-            for name, format in formats.items():  # routes()[0] is the dense one, which is the line above
-                entries |= {f"{name} {route.name}": (route, format) for route in dispatch.routes(format, x)[1:]}
-            us = measure(entries, x)
-            for name, (route, format) in entries.items():
-                y, exact = route.run(x, route.prepare(format, x.dtype), None), reference.matmul(x, format, dtype=torch.float64)
-                rows.append({"shape": [N, K], "m": M, "path": name, "us": us[name], "gb_s": format.nbytes() / us[name] / 1e3,
-                             "speedup": us["bf16 F.linear"] / us[name],
-                             "error": ((y.double() - exact).norm() / exact.norm()).item()})  # fmt: skip
-    return rows
+    records = []
+    for shape in SHAPES[device]:
+        found = paths(device, shape, generator, notes)
+        for m in ROWS[device]:
+            x = torch.randn(m, shape[1], generator=generator, device=device).to(torch.bfloat16)
+            us = measure(found, x, notes)
+            for path in found:
+                if path.name in us:
+                    few, error = x[:4], None
+                    if path.exact:
+                        y, exact = path.copies[0](x)[:4].double(), path.exact(few)
+                        error = ((y - exact).norm() / exact.norm()).item()
+                    records.append({"shape": list(shape), "m": m, "path": path.name, "kernel": path.chosen(x), "us": us[path.name],
+                                    "gb_s": path.nbytes / us[path.name] / 1e3, "speedup": us[DENSE] / us[path.name], "error": error})  # fmt: skip
+        del found
+    return records
+
+
+@torch.inference_mode()
+def ceilings(device: str) -> dict[str, float]:
+    """What the device can do at most: read and copy GB/s, TFLOP/s of square products, on CUDA microseconds of an empty node of a graph."""
+    size = 2**28 if device == "cpu" else 2**33
+    a = torch.ones(size // 4, device=device)
+    if device == "cpu":
+        b, w = torch.empty_like(a), torch.ones(2048, 2048, dtype=torch.bfloat16)
+        us = tune.race({"read": a.sum, "copy": lambda: b.copy_(a), "bf16": lambda: w @ w}, a.device, seconds=0.5)
+        return {"read GB/s": size / us["read"] / 1e3, "copy GB/s": 2 * size / us["copy"] / 1e3, "bf16 TFLOP/s": 2 * 2048**3 / us["bf16"] / 1e6}
+    found = {"read GB/s": size / capture_us(a.sum) / 1e3}
+    b = torch.empty_like(a)
+    found["copy GB/s"] = 2 * size / capture_us(lambda: b.copy_(a)) / 1e3
+    one, n = a[:1], 8192
+    found["us of an empty node"] = capture_us(lambda: [one.add_(0) for _ in range(200)]) / 200
+    w = torch.randn(n, n, device=device).to(torch.bfloat16)
+    e, q, s = w.to(torch.float8_e4m3fn), w.to(torch.int8), torch.ones(n, 1, device=device)
+    for name, run in (("bf16", lambda: w @ w.t()), ("_scaled_mm fp8", lambda: torch._scaled_mm(e, e.t(), s, s.t(), out_dtype=torch.bfloat16)),
+                      ("_int_mm", lambda: torch._int_mm(q, q.t()))):  # fmt: skip
+        run()
+        found[f"{name} TFLOP/s"] = 2 * n**3 / capture_us(run) / 1e6
+    return found
+
+
+@torch.inference_mode()
+def stack(blocks: int = 32) -> dict[str, float]:
+    """Milliseconds of all linears of an 8B model's blocks, one token, in one graph."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    times = {}
+    for name in (DENSE, "int4 g128", "int3 g128", "int2 g64 asym"):
+        layers = []
+        for _ in range(blocks):
+            for n, k in STACK:
+                dense = lambda n=n, k=k: nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="cuda")
+                made = dense() if name == DENSE else CompressedLinear(FORMATS[name][0]((n, k), generator))
+                layers.append((made, torch.randn(1, k, device="cuda", dtype=torch.bfloat16)))
+        for layer, x in layers:
+            layer(x)
+        times[name] = capture_us(lambda layers=layers: [layer(x) for layer, x in layers]) / 1e3
+    return times
+
+
+def markdown(machine: str, result: dict) -> str:
+    """The tables of one run."""
+    said = ", ".join(f"{name} {value:.3g}" for name, value in result["ceilings"].items())
+    text = [f"{machine}, torch {torch.__version__}. Ceilings: {said}.", ""]
+    records = result["rows"]
+    for shape in dict.fromkeys(tuple(r["shape"]) for r in records):
+        here = {(r["path"], r["m"]): r for r in records if tuple(r["shape"]) == shape}
+        rows = list(dict.fromkeys(m for _, m in here))
+        text += [f"| {shape[0]}×{shape[1]} | " + " | ".join(f"{m} row{'s' * (m > 1)}" for m in rows) + " | error |", "|---" * (len(rows) + 2) + "|"]
+        for path in dict.fromkeys(path for path, _ in here):
+            cells = [_cell(here.get((path, m)), path == DENSE, result["ceilings"].get("read GB/s")) for m in rows]
+            errors = [r["error"] for m in rows if (r := here.get((path, m))) and r["error"] is not None]
+            text.append(f"| {path} | {' | '.join(cells)} | {f'{max(errors):.1e}' if errors else ''} |")
+        text.append("")
+    if stacked := result.get("stack"):
+        text += ["| linears of an 8B model, one token | ms |", "|---|---|", *(f"| {name} | {ms:.3f} |" for name, ms in stacked.items()), ""]
+    return "\n".join(text)
+
+
+def _cell(r: dict | None, dense: bool, read: float | None) -> str:
+    if r is None:
+        return "–"
+    if dense:
+        return f"{r['us']:.0f} µs"
+    share = f", {100 * r['gb_s'] / read:.0f} %" if read and r["m"] <= 16 else ""
+    return f"**{r['speedup']:.2f}×**{share}{' ' + r['kernel'] if r['kernel'] else ''}"
+
+
+MARK = "<!-- bench {} -->"
+
+
+def write(file: Path, device: str, text: str) -> None:
+    """Put the tables between the two marks of this device in a document, or behind its end."""
+    old, mark = file.read_text() if file.exists() else "# Kernels\n", MARK.format(device)
+    before, _, rest = old.partition(mark)
+    after = rest.partition(mark)[2]
+    file.write_text(f"{before}{mark}\n\n{text}\n{mark}{after or chr(10)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", type=Path, help="every figure, and why a kernel or peer did not run")
+    parser.add_argument("--write", type=Path, help="put the tables into this document")
     args = parser.parse_args()
     machine = tune.machine(torch.device(args.device), torch.get_num_threads())
-    rows = bench(args.device)
+    if args.device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        machine += f", CUDA {torch.version.cuda}, driver {subprocess.run(query, capture_output=True, text=True).stdout.split()[0]}"
+        machine += "".join(f", {name} {version}" for name, version in peers.versions().items())
+    notes: list[str] = []
+    result = {"machine": machine, "torch": torch.__version__, "ceilings": ceilings(args.device), "rows": bench(args.device, notes), "notes": notes}
+    if args.device == "cuda":
+        result["stack"] = stack()
+    text = markdown(machine, result)
+    print(text)
     if args.json:
-        print(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=1))
-        return
-    print(f"{machine}, torch {torch.__version__}\n{'shape':>12} {'m':>5} {'path':<26} {'us':>8} {'GB/s':>7} {'x bf16':>7} {'error':>8}")
-    for r in rows:
-        print(f"{r['shape'][0]:>6}x{r['shape'][1]:<5} {r['m']:>5} {r['path']:<26} "
-              f"{r['us']:>8.1f} {r['gb_s']:>7.1f} {r['speedup']:>7.2f} {r['error']:>8.1e}")  # fmt: skip
+        args.json.write_text(json.dumps(result, indent=1))
+    if args.write:
+        write(args.write, args.device, text)
 
 
 if __name__ == "__main__":

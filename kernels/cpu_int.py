@@ -44,17 +44,26 @@ def supports(format: Format, x: Tensor) -> str | None:
         return f"scales are {format.scales.dtype}; the op reads bf16 and would round them"
     if format.bits_per_code <= 4:
         return f"group {format.group_size} is not a multiple of 32" if format.group_size % 32 else None
+    if why := bytes_per_row(format):
+        return why
+    # torch 2.13 segfaults on other widths: the vector loop reads 16 codes at a time and has no tail
+    return f"in_features {format.shape[1]} is not a multiple of 16" if format.shape[1] % 16 else None
+
+
+def bytes_per_row(format: Format) -> str | None:
+    """None if the weight is one signed byte each times one scale a row, else the reason."""
+    if not isinstance(format, IntGroup):
+        return f"{type(format).__name__} is not IntGroup"
     if format.groups > 1:
         return f"{format.describe()}: int8 has one scale a row"
     if format.zeros is not None and format.zeros.is_floating_point():
         return "float zero points do not fit int8"
     if format.zeros is not None and format.bits_per_code == 8:
         return "8-bit codes minus their zero point do not fit int8"
-    # torch 2.13 segfaults on other widths: the vector loop reads 16 codes at a time and has no tail
-    return f"in_features {format.shape[1]} is not a multiple of 16" if format.shape[1] % 16 else None
+    return None
 
 
-def prepare(format: IntGroup) -> Packed:
+def prepare(format: IntGroup, dtype: torch.dtype = torch.bfloat16) -> Packed:
     """The op's copy of the weight: half a byte a weight up to 4 bits, one byte above."""
     (out, n), q = format.shape, format.unpack().to(torch.int32)
     zero, s = format.zero_points(), format.scales.float()  # [out, groups]
@@ -77,7 +86,8 @@ def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x bf16 [m, in] → bf16 [m, out]."""
     x = x.contiguous()
     if packed.group:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed.weight, packed.group, packed.scales)[:, : packed.out]
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed.weight, packed.group, packed.scales)
+        y = y if y.shape[1] == packed.out else y[:, : packed.out]
     else:
         y = torch.ops.aten._weight_int8pack_mm(x, packed.weight, packed.scales)
     return y if bias is None else y + bias.to(y.dtype)

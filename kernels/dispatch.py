@@ -2,35 +2,59 @@
 
     dense-cached     dequantize once, keep the copy: the speed and the memory of the original weight
     dense-streamed   dequantize at every call: the memory of the compressed weight
-    triton-int       codes read by the GPU kernel
-    cpu-pack         codes read by the int4 / int8 matmuls that torch ships for CPU
     parts            a combinator taken apart: x·Aᵀ + x·Bᵀ (each on its columns, for Columns), (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
+    rounded          the input on its grid and back (activations.py), then one of the routes above
+    …                one for every kernel of KERNELS
 
-Routes that support a (format, dtype, device) are timed once per shape and bucket of rows (see tune.py), so a packed route runs only where
-it beat dense. The choice may change how bf16 and fp16 round. There is no choice, only dense leaves dequantized in fp32, when x is fp32,
-under autograd (packed routes have no backward), inside a trace (torch.compile, meta) and with policy="dense", which evaluation and
-verification use.
+A kernel is a file with three functions, and a line in KERNELS:
+
+    supports(format, x) → None, or the reason why not          format: what the layer holds; Rounded(leaf) where activations are rounded
+    prepare(format, dtype) → anything                          once a module and dtype: the repacked weight
+    matmul(x [m, in], prepared, bias) → [m, out]               every call: no host sync, nothing allocated but the result
+    variants(format, x) → {name: another matmul}               optional: other tilings of the same kernel, raced by `compress tune` only
+
+Routes that support a (format, dtype, device) are timed once per shape and bucket of rows (see tune.py), and one that is not dense is taken only
+where it beat dense by MARGIN. The choice may change how bf16 and fp16 round. There is no choice, only dense leaves dequantized in fp32,
+when x is fp32 (unless it is rounded: integers lose nothing), under autograd (packed routes have no backward) and with policy "dense", which
+evaluation and verification use. In a trace (torch.compile) nothing can be measured: what an eager call chose before (linear.ready) is traced.
 """
 
 import functools
+import importlib
 import logging
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Columns, Dense, Format, IntGroup, Product, Scaled, Sum, Transformed
-from . import cpu_int, reference, tune
+from ..formats import Columns, Dense, Format, Product, Scaled, Sum, Transformed, build
+from . import reference, tune
+from .activations import Grid, Rounded, dequantize, quantize, rounded
 
 log = logging.getLogger(__name__)
 Policy = Literal["auto", "dense", "reference"]
 Memory = Literal["keep", "bounded"]  # bounded: no dense copy of a compressed weight outlives a call
 BUCKETS = (1, 4, 16, 64, 256)  # rows; each is timed at its upper edge, where packed routes gain least, and the last one has no end
-SMALL = 2**18  # a weight of fewer elements stays in cache whatever its form: dense, nothing to measure
+SMALL = 2**17  # a weight of fewer elements is not worth a measurement: dense
+MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
+COMBINATORS = (Sum, Product, Transformed, Scaled, Columns)
+KERNELS = {"cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"}, "cuda": {"triton-int": "triton_int"}}  # device → name → file
+
+
+class How(NamedTuple):
+    """How a layer may be multiplied."""
+
+    policy: Policy = "auto"
+    memory: Memory = "keep"
+    activations: Grid | None = None  # None: the input as it is
+
+
+AUTO = How()
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,7 @@ class Route:
     name: str
     prepare: Callable
     run: Callable
+    tilings: tuple["Route", ...] = ()  # of the same kernel, named KERNEL/TILING
 
 
 def _as_is(format: Format, dtype: torch.dtype) -> Format:
@@ -49,152 +74,192 @@ def _as_is(format: Format, dtype: torch.dtype) -> Format:
 CACHED = Route("dense-cached", lambda format, dtype: format.dequantize(dtype), F.linear)
 STREAMED = Route("dense-streamed", _as_is, lambda x, format, bias: F.linear(x, format.dequantize(x.dtype), bias))
 REFERENCE = Route("reference", _as_is, lambda x, format, bias: reference.matmul(x, format, bias).to(x.dtype))
-CPU_PACK = Route("cpu-pack", lambda format, dtype: cpu_int.prepare(format), cpu_int.matmul)
 
 
-def matmul(x: Tensor, format: Format, bias: Tensor | None = None, cache: dict | None = None, *,
-           policy: Policy = "auto", memory: Memory = "keep") -> Tensor:  # fmt: skip
-    """x [..., in] → [..., out] in x's dtype.
+def matmul(x: Tensor, format: Format | Callable[[], Format], bias: Tensor | None = None, cache: dict | None = None, how: How = AUTO) -> Tensor:
+    """x [..., in] → [..., out] in x's dtype. `format` may be a function that makes it, called only when a route has to be prepared.
 
     `cache` belongs to one module and one Format and holds what the routes prepared. It is not state: never saved or copied, and cleared by
     whoever replaces the Format's tensors or moves them to another device.
     """
     cache = {} if cache is None else cache
-    rows = x.reshape(-1, x.shape[-1])
-    bias = None if bias is None else bias.to(x.dtype)
+    key = bucket(x.numel() // x.shape[-1]), x.dtype, x.requires_grad and torch.is_grad_enabled(), *how
+    route, prepared = cache.get(key) or _open(x.reshape(-1, x.shape[-1]), format() if callable(format) else format, cache, key)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if route is CACHED:
+        return F.linear(x, prepared, bias)
+    y = route.run(x.reshape(-1, x.shape[-1]), prepared, bias)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def bucket(m: int) -> int:
+    for edge in BUCKETS:
+        if m <= edge:
+            return edge
+    return BUCKETS[-1]
+
+
+def _open(x: Tensor, format: Format, cache: dict, key: tuple) -> tuple[Route, Any]:
+    """The route and what it prepared, for a kind of call that the cache does not know yet."""
+    grad, how = key[2], How(*key[3:])
+    format = leaf(format, how)  # type: ignore[assignment]
     if torch.compiler.is_compiling() or x.is_meta:  # nothing is measured or kept in a trace, but what eager calls kept is used
-        route = CACHED if _slot(CACHED, x) in cache else plain(format, "dense", "bounded")
-        return route.run(rows, _prepared(route, format, x, dict(cache)), bias).view(*x.shape[:-1], format.shape[0])
-    if policy == "auto" and x.requires_grad and torch.is_grad_enabled():
-        policy = "dense"
-    choice = (bucket(rows.shape[0]), x.dtype, x.device, policy, memory)
-    if choice not in cache:
-        route = choose(format, rows, policy=policy, memory=memory)
-        cache[choice] = route, _prepared(route, format, x, cache)
-    route, prepared = cache[choice]
-    return route.run(rows, prepared, bias).view(*x.shape[:-1], format.shape[0])
+        route = CACHED if (CACHED.name, x.dtype) in cache else plain(format, How("dense", "bounded", how.activations))
+        return route, _prepared(route, format, x, dict(cache))
+    route = choose(format, x, how._replace(policy="dense") if grad and how.policy == "auto" else how)
+    cache[key] = route, _prepared(route, format, x, cache)
+    return cache[key]
 
 
-def _slot(route: Route, x: Tensor) -> tuple:
-    return route.name, x.dtype, x.device
-
-
-def _prepared(route: Route, format: Format, x: Tensor, cache: dict):
-    slot = _slot(route, x)
+def _prepared(route: Route, format: Format, x: Tensor, cache: dict) -> Any:
+    """What `route` made of the Format, once for all buckets of rows; routes of one kernel that differ in tiling only share it."""
+    slot = (route.name.partition("/")[0], x.dtype)
     if slot not in cache:
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not serve a later backward
             cache[slot] = route.prepare(format, x.dtype)
     return cache[slot]
 
 
-def bucket(m: int) -> int:
-    return next((edge for edge in BUCKETS if m <= edge), BUCKETS[-1])
-
-
-def choose(format: Format, x: Tensor, *, policy: Policy = "auto", memory: Memory = "keep") -> Route:
+def choose(format: Format | Rounded, x: Tensor, how: How = AUTO) -> Route:
     """The route for x [m, in]: the only one there is, or the fastest at the edge of m's bucket."""
-    if policy == "reference":
+    if how.policy == "reference":
         return REFERENCE
-    options = routes(format, x, policy, memory)
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # nor can a CUDA graph be captured around a measurement
-    if len(options) == 1 or policy == "dense" or x.dtype in (torch.float32, torch.float64) or capturing:
-        return options[0]
-    if format.shape[0] * format.shape[1] < SMALL:
-        return options[0]
-    m = bucket(x.shape[0])
-    situation = (f"{tune.machine(x.device, torch.get_num_threads())} | torch {torch.__version__} | {format.describe()} | "
-                 f"{format.shape[0]}x{format.shape[1]} | {m} rows {str(x.dtype).removeprefix('torch.')}")  # fmt: skip
+    options = routes(format, x, how)
+    return fastest(options, measured(format, x, options, how)) if worth(format, x, options, how) else options[0]
 
-    def build() -> dict[str, Callable[[], Tensor]]:
+
+def worth(format: Format | Rounded, x: Tensor, options: list[Route], how: How) -> bool:
+    """Is there anything to measure, and may it be measured now?"""
+    exact = x.dtype in (torch.float32, torch.float64) and not isinstance(format, Rounded)
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph cannot be captured around a measurement
+    return len(options) > 1 and how.policy != "dense" and not exact and not capturing and format.shape[0] * format.shape[1] >= SMALL
+
+
+@torch.no_grad()
+def tuned(format: Format, x: Tensor, how: How = AUTO) -> dict[str, Any]:
+    """What `compress tune` tells: every route and tiling raced at the edge of x's bucket, the one that is taken, and why other kernels are not there."""
+    seen = leaf(format, how)
+    options = routes(seen, x, how)
+    us = measured(seen, x, options, how, tilings=True) if worth(seen, x, options, how) else {}
+    return {"route": (fastest(options, us) if us else options[0]).name, "us": us,
+            "refused": {name: why for name, why in reasons(seen, x).items() if why}}
+
+
+def leaf(format: Format, how: How) -> Format | Rounded:
+    """The weight as kernels see it: a leaf says how its input is rounded, the parts of a combinator will."""
+    return format if isinstance(format, COMBINATORS) else rounded(format, how.activations)
+
+
+def fastest(options: list[Route], us: dict[str, float]) -> Route:
+    """The fastest of what was measured, tilings of kernels included, if it beats the dense route by MARGIN."""
+    every = {route.name: route for route in options} | {route.name: route for option in options for route in option.tilings}
+    best = every[min(every.keys() & us, key=lambda name: us[name])]
+    home = next((route for route in options if route is CACHED), options[0])
+    return best if us[best.name] * MARGIN <= us[home.name] else home
+
+
+def measured(format: Format | Rounded, x: Tensor, options: list[Route], how: How = AUTO, tilings: bool = False) -> dict[str, float]:
+    """Microseconds of every option at the edge of x's bucket of rows, remembered or measured now; `tilings`: of those of each kernel too."""
+    m = bucket(x.shape[0])
+    rounding = f", {how.activations} activations" if how.activations and not isinstance(format, Rounded) else ""
+    situation = (f"{tune.machine(x.device, torch.get_num_threads())} | torch {torch.__version__} | {format.describe()}{rounding} | "
+                 f"{format.shape[0]}x{format.shape[1]} | {m} rows {str(x.dtype).removeprefix('torch.')}")  # fmt: skip
+    entered = [*options, *(route for option in options if tilings for route in option.tilings)]
+
+    def runs(format: Format | Rounded) -> dict[str, Callable[[], Tensor]]:
         own = torch.Generator(x.device).manual_seed(0)  # the user's random numbers must not depend on what was measured
         probe = torch.randn(m, x.shape[1], device=x.device, generator=own).to(x.dtype)
-        return {r.name: functools.partial(r.run, probe, r.prepare(format, x.dtype), None) for r in options}
+        held: dict = {}
+        return {r.name: functools.partial(r.run, probe, _prepared(r, format, probe, held), None) for r in entered}
 
     with torch.no_grad():
-        us = tune.timings(situation, x.device, build, [route.name for route in options])
-    return min(options, key=lambda route: us[route.name])
+        return tune.timings(situation, x.device, lambda: (runs(format), runs(copied(format))), [route.name for route in entered])
 
 
-def plain(format: Format, policy: Policy, memory: Memory) -> Route:
-    """The route that always works and needs no measurement."""
-    if isinstance(format, (Sum, Product, Transformed)):
-        return _parts(format, policy, memory)
-    if isinstance(format, Scaled):
-        return _scaled(policy, memory)
-    if isinstance(format, Columns):
-        return _columns(policy, memory)
-    return CACHED if memory == "keep" else STREAMED
+def copied(format: Format | Rounded) -> Format | Rounded:
+    """The same weight elsewhere in memory."""
+    if isinstance(format, Rounded):
+        return replace(format, inner=copied(format.inner))
+    return build(format.meta(), {name: t.clone() for name, t in format.tensors().items()})
 
 
-def routes(format: Format, x: Tensor, policy: Policy = "auto", memory: Memory = "keep") -> list[Route]:
+def routes(format: Format | Rounded, x: Tensor, how: How = AUTO) -> list[Route]:
     """Whatever can run `format` on x, the plain route first."""
-    options = [plain(format, policy, memory)]
-    if isinstance(format, IntGroup):
-        if cpu_int.supports(format, x) is None:
-            options.append(CPU_PACK)
-        if x.is_cuda and (triton_int := _triton_int()) and triton_int.supports(format, x) is None:
-            options.append(Route("triton-int", _as_is, triton_int.matmul))
-    elif options[0] is not CACHED and memory == "keep":  # a combinator may be written out, unless its factors are the smaller matrices
+    options = [plain(format, how)]
+    if isinstance(format, COMBINATORS):
+        if how.activations:  # only its leaves know where the input is rounded
+            return options
         chain = [factor.shape for factor in format.factors] if isinstance(format, Product) else []
-        if not chain or sum(a * b for a, b in chain) >= format.shape[0] * format.shape[1]:
-            options.append(CACHED)
-    return options
+        if how.memory == "keep" and (not chain or sum(a * b for a, b in chain) >= format.shape[0] * format.shape[1]):
+            options.append(CACHED)  # written out, unless its factors are the smaller matrices
+    return options + [_kernel_route(name, x.device.type, format, x) for name, why in reasons(format, x).items() if why is None]
 
 
-def _parts(format: Format, policy: Policy, memory: Memory) -> Route:
-    """Apply each part through the same door, each with a cache of its own."""
-
-    def prepare(format: Format, dtype: torch.dtype) -> list[tuple[Format, dict]]:
-        if isinstance(format, Sum):
-            parts = format.terms
-        elif isinstance(format, Product):
-            parts = format.factors[::-1]
-        else:  # A · Tᵀ is a chain too: the transform first, turned around
-            parts = (Dense(format.transform.dequantize(dtype).T), format.inner)
-        return [(part, {}) for part in parts]
-
-    def chain(x: Tensor, parts: list[tuple[Format, dict]], bias: Tensor | None) -> Tensor:
-        for part, cache in parts[:-1]:
-            x = matmul(x, part, None, cache, policy=policy, memory=memory)
-        return matmul(x, parts[-1][0], bias, parts[-1][1], policy=policy, memory=memory)
-
-    def total(x: Tensor, parts: list[tuple[Format, dict]], bias: Tensor | None) -> Tensor:
-        biases = [bias] + [None] * (len(parts) - 1)
-        ys = (matmul(x, part, b, cache, policy=policy, memory=memory) for (part, cache), b in zip(parts, biases, strict=True))
-        return functools.reduce(operator.add, ys)
-
-    return Route("parts", prepare, total if isinstance(format, Sum) else chain)
+def reasons(format: Format | Rounded, x: Tensor) -> dict[str, str | None]:
+    """Kernel of x's device → None if it runs this, else the reason in words."""
+    files = KERNELS.get(x.device.type, {})
+    return {name: module.supports(format, x) if (module := _kernel(file)) else f"{file}.py cannot be imported here" for name, file in files.items()}
 
 
-def _scaled(policy: Policy, memory: Memory) -> Route:
-    """Multiply the input by t, then the inner weight through this same door."""
-
-    def run(x: Tensor, prepared: tuple[Scaled, dict], bias: Tensor | None) -> Tensor:
-        format, cache = prepared
-        return matmul((x * format.columns).to(x.dtype), format.inner, bias, cache, policy=policy, memory=memory)
-
-    return Route("parts", lambda format, dtype: (format, {}), run)
-
-
-def _columns(policy: Policy, memory: Memory) -> Route:
-    """Either part on its share of the inputs, through this same door."""
-
-    def prepare(format: Columns, dtype: torch.dtype) -> list[tuple[Tensor, Format, dict]]:
-        return [(place, part, {}) for place, part in zip(format.places(), (format.first, format.second), strict=True)]
-
-    def run(x: Tensor, parts: list[tuple[Tensor, Format, dict]], bias: Tensor | None) -> Tensor:
-        first, second = (matmul(x[:, place], part, b, cache, policy=policy, memory=memory) for (place, part, cache), b in zip(parts, (bias, None), strict=True))
-        return first + second
-
-    return Route("parts", prepare, run)
+def _kernel_route(name: str, device: str, format: Format | Rounded, x: Tensor) -> Route:
+    module: Any = _kernel(KERNELS[device][name])
+    variants = module.variants(format, x) if hasattr(module, "variants") else {}
+    return Route(name, module.prepare, module.matmul, tuple(Route(f"{name}/{v}", module.prepare, run) for v, run in variants.items()))
 
 
 @functools.cache
-def _triton_int():
-    """The kernel's module, or None said once: triton is not everywhere that torch is."""
+def _kernel(file: str) -> ModuleType | None:
+    """A kernel's module, or None said once: triton is not everywhere that torch is."""
     try:
-        from . import triton_int
+        return importlib.import_module(f".{file}", __package__)
     except ImportError as error:
-        log.warning("no Triton kernel (%s): CUDA layers run dense", error)
+        log.warning("no kernel %s (%s): other routes are taken", file, error)
         return None
-    return triton_int
+
+
+def plain(format: Format | Rounded, how: How) -> Route:
+    """The route that always works and needs no measurement."""
+    if isinstance(format, Rounded):
+        return Route("rounded", lambda rounded, dtype: (rounded.inner, rounded.grid, {}), functools.partial(_rounded, how._replace(activations=None)))
+    if isinstance(format, COMBINATORS):
+        run = _sum if isinstance(format, Sum) else _scaled if isinstance(format, Scaled) else _columns if isinstance(format, Columns) else _chain
+        return Route("parts", _parts, functools.partial(run, how))
+    return CACHED if how.memory == "keep" else STREAMED
+
+
+def _parts(format: Format, dtype: torch.dtype) -> list[tuple]:
+    """What a combinator is taken apart into, each part with a cache of its own: (format, cache), of some (tensor, format, cache)."""
+    if isinstance(format, Scaled):
+        return [(format.columns, format.inner, {})]
+    if isinstance(format, Columns):
+        return [(place, part, {}) for place, part in zip(format.places(), (format.first, format.second), strict=True)]
+    if isinstance(format, Transformed):  # A · Tᵀ is a chain too: the transform first, turned around
+        return [(Dense(format.transform.dequantize(dtype).T), {}), (format.inner, {})]
+    return [(part, {}) for part in (format.terms if isinstance(format, Sum) else format.factors[::-1])]  # type: ignore[attr-defined]
+
+
+def _sum(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
+    biases = [bias] + [None] * (len(parts) - 1)
+    return functools.reduce(operator.add, (matmul(x, part, b, cache, how) for (part, cache), b in zip(parts, biases, strict=True)))
+
+
+def _chain(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
+    for part, cache in parts[:-1]:
+        x = matmul(x, part, None, cache, how)
+    return matmul(x, parts[-1][0], bias, parts[-1][1], how)
+
+
+def _scaled(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
+    [(columns, inner, cache)] = parts
+    return matmul((x * columns).to(x.dtype), inner, bias, cache, how)
+
+
+def _columns(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
+    first, second = (matmul(x[:, place], part, b, cache, how) for (place, part, cache), b in zip(parts, (bias, None), strict=True))
+    return first + second
+
+
+def _rounded(how: How, x: Tensor, prepared: tuple[Format, Grid, dict], bias: Tensor | None) -> Tensor:
+    inner, grid, cache = prepared
+    return matmul(dequantize(*quantize(x, grid), x.dtype), inner, bias, cache, how)

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..formats import Columns, Format, Product, Scaled, Sum, Transformed
+from ..formats import Columns, Dense, Format, Product, Scaled, Sum, Transformed
+from .activations import Grid, Rounded, dequantize, quantize
 
 
 def dense(format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -21,7 +22,27 @@ def dense(format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     return format.dequantize().to(dtype)
 
 
-def matmul(x: Tensor, format: Format, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def rounded(x: Tensor, format: Format, grid: Grid) -> Tensor:
+    """x · Ŵᵀ where every quantized leaf sees its input on `grid`."""
+    if isinstance(format, Sum):
+        return sum(rounded(x, term, grid) for term in format.terms)  # type: ignore[return-value]
+    if isinstance(format, Product):
+        for factor in reversed(format.factors):
+            x = rounded(x, factor, grid)
+        return x
+    if isinstance(format, Transformed):
+        return rounded(x @ dense(format.transform, x.dtype), format.inner, grid)
+    if isinstance(format, Scaled):
+        return rounded(x * format.columns.to(x.dtype), format.inner, grid)
+    if isinstance(format, Columns):
+        return sum(rounded(x[..., p], part, grid) for p, part in zip(format.places(), (format.first, format.second), strict=True))  # type: ignore[return-value]
+    return (x if isinstance(format, Dense) else dequantize(*quantize(x, grid), x.dtype)) @ dense(format, x.dtype).T
+
+
+def matmul(x: Tensor, format: Format | Rounded, bias: Tensor | None = None, dtype: torch.dtype = torch.float32, activations: Grid | None = None) -> Tensor:
     """x [..., in] in any float dtype → [..., out] in `dtype`: fp32, or fp64 to judge fp32 paths."""
-    y = x.to(dtype) @ dense(format, dtype).T
+    if isinstance(format, Rounded):
+        format, activations = format.inner, format.grid
+    x = x.to(dtype)
+    y = x @ dense(format, dtype).T if activations is None else rounded(x, format, activations)
     return y if bias is None else y + bias.to(dtype)

@@ -114,6 +114,11 @@ def constants(format: IntGroup, m: int, dtype: torch.dtype, bias: bool) -> dict:
             "BIAS": bias, "EXACT": INTERPRET or dtype == torch.float32} | tiles(m, format.group_size)  # fmt: skip
 
 
+def prepare(format: IntGroup, dtype: torch.dtype) -> IntGroup:
+    """Nothing: codes are read as they lie on disk."""
+    return format
+
+
 def matmul(x: Tensor, format: IntGroup, bias: Tensor | None = None) -> Tensor:
     """x [..., in] → [..., out] in x's dtype, accumulated in fp32."""
     lead, (N, K) = x.shape[:-1], format.shape

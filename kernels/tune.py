@@ -2,13 +2,16 @@
 
 The situation is a sentence: machine, threads, torch, format, shape, rows, dtype. The file lives in $COMPRESS_CACHE, else
 $XDG_CACHE_HOME/compress, else ~/.cache/compress; it is replaced whole, merged with what other processes wrote meanwhile, and a file that
-cannot be read costs one warning and a new measurement.
+cannot be read costs one warning and a new measurement. Tables in kernels/tune/*.json, of the same form, are measurements that come with the
+package: what `compress tune` wrote on a machine of that name. A situation in no table is measured when it is met; kernels that have several
+tilings use the one of their own rule of thumb until `compress tune` has raced the others.
 """
 
 import functools
 import itertools
 import json
 import logging
+import operator
 import os
 import platform
 import re
@@ -21,24 +24,30 @@ from pathlib import Path
 import torch
 
 log = logging.getLogger(__name__)
+SHIPPED = Path(__file__).parent / "tune"
+Runs = Mapping[str, Callable[[], object]]
 FLUSH = 2**27  # bytes written before each run: more than any last-level cache, so weights come from memory as between two decoding steps
 
 
-def race(runs: Mapping[str, Callable[[], object]], device: torch.device, seconds: float = 0.2) -> dict[str, float]:
-    """Median microseconds of each run, out of cache. They take turns, so a neighbour's load slows all of them alike."""
+def race(runs: Runs, device: torch.device, seconds: float = 0.2, twins: Runs | None = None) -> dict[str, float]:
+    """Median microseconds of each run. They take turns, so a neighbour's load slows all of them alike.
+
+    twins: the same on other copies of the weights. On CPU each timed run comes behind its twin, and that behind a flush of the caches: code and
+    allocator are warm, weights are not, as between two layers of a model. Without it the overhead of a small op would be counted tenfold.
+    """
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
+    for run in (*runs.values(), *(twins or {}).values()):
         run()
     deadline = time.perf_counter() + seconds * len(runs)
     for turn in itertools.count():
         if turn >= 5 and time.perf_counter() > deadline:
             return {name: statistics.median(us) for name, us in samples.items()}
         for name, run in runs.items():
-            samples[name].append(_once_us(run, flush))
+            samples[name].append(_once_us(run, twins[name] if twins else None, flush))
 
 
-def _once_us(run: Callable[[], object], flush: torch.Tensor) -> float:
+def _once_us(run: Callable[[], object], twin: Callable[[], object] | None, flush: torch.Tensor) -> float:
     if flush.is_cuda:
         with torch.cuda.device(flush.device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -50,6 +59,8 @@ def _once_us(run: Callable[[], object], flush: torch.Tensor) -> float:
             end.synchronize()
             return 1e3 * start.elapsed_time(end)
     flush.zero_()
+    if twin:
+        twin()
     begin = time.perf_counter()
     run()
     return 1e6 * (time.perf_counter() - begin)
@@ -82,18 +93,22 @@ def read(file: Path) -> dict[str, dict[str, float]]:
         return {}
 
 
-memory = functools.cache(read)  # one dict a file and process, updated in place by `timings`
+@functools.cache
+def memory(file: Path) -> dict[str, dict[str, float]]:
+    """What is known on this machine: one dict a file and process, updated in place by `timings`."""
+    return functools.reduce(operator.or_, map(read, (*sorted(SHIPPED.glob("*.json")), file)), {})
 
 
-def timings(situation: str, device: torch.device, build: Callable[[], Mapping[str, Callable]], names: Iterable[str]) -> dict[str, float]:
-    """Microseconds by name: remembered, or from a race between what `build` returns, which is dropped after it."""
+def timings(situation: str, device: torch.device, build: Callable[[], tuple[Runs, Runs]], names: Iterable[str]) -> dict[str, float]:
+    """Microseconds by name: remembered, or from a race between what `build` returns (runs and twins), which is dropped after it."""
     file = table_file()
     table = memory(file)
     if not set(names) <= table.get(situation, {}).keys():
-        us = race(build(), device)
+        runs, twins = build()
+        us = race(runs, device, twins=twins)
         table[situation] = table.get(situation, {}) | us
         log.info("measured %s: %s", situation, ", ".join(f"{name} {t:.0f} us" for name, t in us.items()))
-        write(file, read(file) | table)
+        write(file, read(file) | {situation: table[situation]})
     return table[situation]
 
 

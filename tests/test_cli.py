@@ -366,6 +366,18 @@ def test_output_with_a_damaged_record(damage, work, tmp_path, capsys):
         assert record.exists()
 
 
+def test_tune_measures_every_layer_shape(work, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    assert main("tune", work.done, "--rows", "1,4", "--device", "cpu", "--json", tmp_path / "t.json") == 0
+    found = json.loads((tmp_path / "t.json").read_text())["layers"]
+    assert sum(r["layers"] for r in found if r["rows"] == 1) == 14 and {r["route"] for r in found} == {"dense-cached"}  # too small to be measured
+    assert "dense-cached" in capsys.readouterr().out
+    refuses(("tune", work.done, "--rows", "1,x"), ["--rows 1,x", "1,16"], work, tmp_path, capsys)
+    refuses(("tune", work.done, "--memory", "none"), ["keep or bounded"], work, tmp_path, capsys)
+    refuses(("tune", work.model), ["no compressed layers"], work, tmp_path, capsys)
+    refuses(("eval", work.done, "--activations", "int3", "--no-speed"), ["int8, int4, fp8"], work, tmp_path, capsys)
+
+
 VERBS = {
     "plan": lambda w, t: ("plan", w.model, "--set", "gptq.group_size=32"),
     "run": lambda w, t: run(w.model, w, t),

@@ -15,6 +15,7 @@ from compress.calibration.statistics import Stats
 from compress.errors import CompressError
 from compress.formats import Columns, Dense, IntGroup, Lut, Product, Scaled, Sum, build
 from compress.kernels import reference
+from compress.kernels.dispatch import How
 from compress.linear import CompressedLinear
 from compress.methods import GPTQ, Binary, Ternary
 from compress.methods.dual import refit_columns, refit_rows
@@ -51,7 +52,7 @@ def test_columns_put_every_column_where_it_was(dtype):
     x, bias = torch.randn(2, 3, 77).to(dtype), torch.randn(20)
     exact = reference.matmul(x, fmt, bias, F64)
     for memory in ("keep", "bounded"):
-        y = CompressedLinear(fmt, bias, memory=memory)(x)
+        y = CompressedLinear(fmt, bias, How(memory=memory))(x)
         assert y.dtype == dtype and (y.double() - exact).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2) * exact.abs().max()
 
 

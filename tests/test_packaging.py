@@ -223,7 +223,7 @@ def test_docs_name_every_field_spec_and_option(tmp_path):
     root = typer.main.get_command(cli.app)
     commands = [root, *root.commands.values()]
     options = {flag for c in commands for p in c.params for flag in (*p.opts, *p.secondary_opts)} | {"--help"}
-    scripts = [*(ROOT / "eval").rglob("*.py"), *(ROOT / "compress" / "embedded").glob("*.py")]
+    scripts = [*(ROOT / "eval").rglob("*.py"), *(ROOT / "compress" / "embedded").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
     options |= {flag for f in scripts for flag in re.findall(r'add_argument\("(--[a-z-]+)"', f.read_text(encoding="utf-8"))}
     assert {flag for page in text.values() for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+", page)} <= options
 

@@ -14,6 +14,7 @@ from compress.calibration.statistics import Stats
 from compress.errors import CompressError
 from compress.formats import IntGroup, Lut, Scaled
 from compress.kernels import cpu_int, dispatch, reference
+from compress.kernels.dispatch import How
 from compress.linear import CompressedLinear
 from compress.methods import GPTQ, HQQ, LNQ, NF, RTN, SINQ, grid
 from compress.methods.feedback import sweep
@@ -48,7 +49,7 @@ def test_layers_of_every_new_format_run_dense():
             x = torch.randn(2, 3, 64).to(dtype)
             exact = reference.matmul(x, fmt, bias, torch.float64)
             for memory in ("keep", "bounded"):
-                y = CompressedLinear(fmt, bias, memory=memory)(x)
+                y = CompressedLinear(fmt, bias, How(memory=memory))(x)
                 assert y.dtype == dtype and (y.double() - exact).abs().max() < limit * exact.abs().max()
 
 
@@ -65,7 +66,7 @@ def test_kernels_handle_or_refuse_float_zeros():
             ours = cpu_int.matmul(x, cpu_int.prepare(fmt)).T.float()
             step = fmt.scales.float().repeat_interleave(32, dim=1)
             assert ((ours - fmt.dequantize()).abs() <= 2**-8 * (fmt.dequantize().abs() + 8 * step)).all()
-        if triton_int := dispatch._triton_int():
+        if triton_int := dispatch._kernel("triton_int"):
             assert "float zero points" in triton_int.supports(fmt, x)
 
 

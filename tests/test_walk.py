@@ -14,6 +14,7 @@ import compress
 from compress.artifact import read_manifest
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
+from compress.kernels.dispatch import How
 from compress.linear import CompressedLinear
 from compress.preflight import linears
 from compress.recipe import Recipe
@@ -76,7 +77,7 @@ def test_the_loaded_model_generates_and_matches_its_dequantized_weights(tmp_path
     expected = model(ids).logits
     for policy, memory in (("dense", "keep"), ("auto", "bounded"), ("reference", "keep")):
         for m in layers:
-            m.policy, m.memory = policy, memory
+            m.how = How(policy, memory)
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert half.model.layers[0].mlp.up_proj.scales.dtype == torch.bfloat16 and pickle.loads(pickle.dumps(layers[0])).cache == {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CompressError
+from . import packing
 from .base import Format
 from .columns import Columns
 from .combine import Product, Scaled, Sum, Transformed
@@ -49,21 +50,27 @@ def split_rows(weight: Format, sizes: Sequence[int]) -> list[Format]:
             for codes, scales, z in zip(weight.unpack().split(list(sizes)), weight.scales.split(list(sizes)), zeros, strict=True)]  # fmt: skip
 
 
-def join_rows(parts: Sequence[Format], where: str = "weight") -> Format:
-    """Rows of one weight below those of the other, the inverse of `split_rows`. Raises CompressError where one format cannot hold them all."""
-    if len({p.describe() for p in parts}) > 1:
-        raise CompressError(f"{where}: its parts differ: {' and '.join(p.describe() for p in parts)}")
-    first, joined = parts[0], {name: torch.cat([p.tensors()[name] for p in parts]) for name in parts[0].tensors()}
-    if isinstance(first, IntGroup):
-        zeros = None if first.zeros is None else torch.cat([p.zero_points() for p in parts if isinstance(p, IntGroup)]).to(torch.uint8)
-        codes = torch.cat([p.unpack() for p in parts if isinstance(p, IntGroup)])  # zero points are packed across rows
-        return IntGroup.pack(codes, joined["scales"], zeros, first.bits_per_code, first.levels)
-    if isinstance(first, Lut):
-        return Lut(joined["codes"], first.table, joined["scales"], (len(joined["codes"]), first.shape[1]), first.name)
-    divisors = {float(p.divisor) for p in parts if isinstance(p, FloatBlock) and p.divisor is not None}
-    if not isinstance(first, FloatBlock) or first.block[0] > 1 or len(divisors) > 1:
-        raise CompressError(f"{where}: its parts have scales that one {first.describe()} cannot hold")
-    return FloatBlock(joined["codes"], joined["scales"], first.divisor, first.name)
+def join_rows(weights: Sequence[Format]) -> Format | None:
+    """The inverse of `split_rows`: one weight of all their rows, the same numbers to the bit, or None where no format holds them together."""
+    first, kind = weights[0], type(weights[0])
+    described = [w.meta() | {"shape": w.shape[1]} | {name: t.dtype for name, t in w.tensors().items()} for w in weights]
+    if kind not in (Dense, FloatBlock, IntGroup, Lut) or any(d != described[0] for d in described):
+        return None
+    joined = {name: torch.cat([w.tensors()[name] for w in weights]) for name in first.tensors()}
+    alike = lambda name: all(torch.equal(w.tensors()[name], first.tensors()[name]) for w in weights)
+    if isinstance(first, FloatBlock):
+        if first.scales.shape != (first.shape[0], first.shape[1] // first.block[1]) or (first.divisor is not None and not alike("divisor")):
+            return None
+        joined |= {} if first.divisor is None else {"divisor": first.divisor}
+    if isinstance(first, Lut) and first.scales is not None:
+        if len(first.table) > 1 or not alike("table"):
+            return None
+        joined |= {"table": first.table}
+    if isinstance(first, IntGroup) and first.zeros is not None and not first.zeros.is_floating_point():  # one stream of bits over all rows
+        zeros = torch.cat([w.zero_points().to(torch.uint8).flatten() for w in weights])  # type: ignore[attr-defined]
+        joined |= {"zeros": packing.pack_bytes(zeros[None], first.bits_per_code)[0]}
+    rows = sum(w.shape[0] for w in weights)
+    return kind.from_tensors(first.meta() | {"shape": [rows, first.shape[1]]}, joined)
 
 
 def build(meta: Mapping, tensors: Mapping[str, Tensor]) -> Format:

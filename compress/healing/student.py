@@ -18,6 +18,7 @@ from ..artifact import LayerRecord
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
 from ..formats import Dense, Format, build
+from ..kernels.dispatch import How
 from ..linear import CompressedLinear, get_weight
 from ..stream import StandIn
 from ..trained import place, vectors
@@ -141,6 +142,6 @@ class Student:
         formats = {path: inner.weight().to("cpu") for path, inner in self.learners.items()} if learned else self.formats  # type: ignore[operator]
         for name, p in self.norms.items():
             p.copy_((self.masters if learned else self.first)[name].to(self.stored[name]))
-        place(self.model, [(path, CompressedLinear(f.to(self.device), self.biases[path], policy="dense")) for path, f in formats.items()])
+        place(self.model, [(path, CompressedLinear(f.to(self.device), self.biases[path], How("dense"))) for path, f in formats.items()])
         self.seen.clear()
         return formats
