@@ -45,6 +45,16 @@ def transform(x: Tensor, signs: Tensor | None = None, inverse: bool = False) -> 
     return y * signs if signs is not None and inverse else y
 
 
+def pair(n: int) -> tuple[Tensor, Tensor]:
+    """fp64 (P [a, a], Q [b, b]) with transform(x) = x · (P ⊗ Q), a and b as near as powers of two allow: for kernels, which multiply twice."""
+    block = order(n)
+    K = next((f for f in _factors(block) if f & (f - 1)), 1)
+    tail = block // K
+    b = min(tail, 1 << isqrt(n).bit_length() - 1)
+    P = torch.kron(_factor(K), _factor(tail // b)) / (block // b) ** 0.5
+    return torch.block_diag(*[P] * (n // block)), _factor(b) / b**0.5
+
+
 def signs(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     """fp32 [n] of ±1: the same on every machine and in every version, so that a format need only store the seed."""
     return 1 - 2 * (mix(torch.arange(n, dtype=torch.int64, device=device) + seed * 0x9E3779B1) & 1).float()

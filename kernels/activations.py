@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..formats import Dense, Format
+from ..formats import Dense, Format, Kronecker
 
 Grid = Literal["int8", "int4", "fp8"]
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
@@ -44,7 +44,7 @@ class Rounded:
 
 def rounded(format: Format, grid: Grid | None) -> Format | Rounded:
     """`format` as kernels see it: leaves that are quantized say how their input is rounded."""
-    return format if grid is None or isinstance(format, Dense) else Rounded(format, grid)
+    return format if grid is None or isinstance(format, Dense | Kronecker) else Rounded(format, grid)
 
 
 def unsigned(x: Tensor, largest: Tensor, L: float) -> Tensor:

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..formats import Dense, FloatBlock, Format, IntGroup, Lut, Sparse24
+from ..formats import Dense, FloatBlock, Format, IntGroup, Lut, Sparse24, Trellis
+from ..formats.trellis import stream_length
 from ..linear import CompressedLinear
 from . import dispatch, peers, reference, tune
 from .activations import Grid, Rounded, dequantize, quantize, rounded
@@ -76,11 +77,27 @@ def _sparse(values: Callable | None) -> Callable:
     return make
 
 
+def _tables(bits: int) -> Callable:
+    def make(shape: tuple[int, int], g: torch.Generator) -> Lut:
+        table = torch.randn(shape[0], 2**bits, generator=g, device=g.device).to(torch.bfloat16)
+        return Lut.pack(torch.randint(0, 2**bits, shape, generator=g, dtype=torch.uint8, device=g.device), table, None, f"lut{bits}")
+
+    return make
+
+
+def _trellis(shape: tuple[int, int], g: torch.Generator) -> Trellis:
+    out, n = shape
+    rates, draw = torch.arange(n, device=g.device) % 3 + 1, lambda *size: torch.randint(0, 256, size, generator=g, dtype=torch.uint8, device=g.device)
+    codes = draw(n, out) & ((1 << rates) - 1).to(torch.uint8)[:, None]
+    return Trellis.pack(codes, rates.to(torch.uint8), draw(n) % 32 + 112, torch.ones(1, device=g.device), 12, stream_length(out, 128), 0)
+
+
 FORMATS: dict[str, tuple[Callable, Grid | None]] = {
     "int8 channel": (integers(8, -1), None), "int4 g128": (integers(4, 128), None), "int4 g128 asym": (integers(4, 128, True), None),
     "int3 g128": (integers(3, 128), None), "int2 g64 asym": (integers(2, 64, True), None), "ternary g128": (integers(2, 128, levels=3), None),
     "nf4 g64": (_nf4, None), "fp8 channel": (_floats("fp8"), None), "mxfp4": (_floats("mxfp4"), None), "nvfp4": (_floats("nvfp4"), None),
-    "2:4 bf16": (_sparse(None), None), "2:4 int4 g128": (_sparse(integers(4, 128)), None),
+    "lut2": (_tables(2), None), "lut3": (_tables(3), None), "trellis2 L12": (_trellis, None), "2:4 bf16": (_sparse(None), None),
+    "2:4 int4 g128": (_sparse(integers(4, 128)), None),
     "W8A8": (integers(8, -1), "int8"), "W4A8": (integers(4, -1), "int8"), "W4A4": (integers(4, -1), "int4"), "fp8 A8": (_floats("fp8"), "fp8"),
 }  # fmt: skip
 CPU = ("int8 channel", "int4 g128", "int4 g128 asym", "int3 g128", "int2 g64 asym", "ternary g128", "nf4 g64", "W8A8", "W4A8")  # others run dense there

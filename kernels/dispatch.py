@@ -3,6 +3,7 @@
     dense-cached     dequantize once, keep the copy: the speed and the memory of the original weight
     dense-streamed   dequantize at every call: the memory of the compressed weight
     parts            a combinator taken apart: x·Aᵀ + x·Bᵀ (each on its columns, for Columns), (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
+    kronecker        a transform of the input by two small matrices
     rounded          the input on its grid and back (activations.py), then one of the routes above
     …                one for every kernel of KERNELS
 
@@ -32,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Columns, Dense, Format, Product, Scaled, Sum, Transformed, build
+from ..formats import Columns, Dense, Format, Kronecker, Product, Scaled, Sum, Transformed, build
 from . import reference, tune
 from .activations import Grid, Rounded, dequantize, quantize, rounded
 
@@ -43,7 +44,10 @@ BUCKETS = (1, 4, 16, 64, 256)  # rows; each is timed at its upper edge, where pa
 SMALL = 2**17  # a weight of fewer elements is not worth a measurement: dense
 MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
 COMBINATORS = (Sum, Product, Transformed, Scaled, Columns)
-KERNELS = {"cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"}, "cuda": {"triton-int": "triton_int"}}  # device → name → file
+KERNELS = {"cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
+           "cuda": {"triton-int": "triton_int", "triton-lut": "triton_lut", "triton-trellis": "triton_trellis", "triton-2:4": "triton_sparse24",
+                    "triton-a8": "triton_a8", "triton-kronecker": "triton_transform", "cublas-a8": "cublas_a8",
+                    "cusparselt": "cusparselt"}}  # device → name → file
 
 
 class How(NamedTuple):
@@ -73,6 +77,7 @@ def _as_is(format: Format, dtype: torch.dtype) -> Format:
 
 CACHED = Route("dense-cached", lambda format, dtype: format.dequantize(dtype), F.linear)
 STREAMED = Route("dense-streamed", _as_is, lambda x, format, bias: F.linear(x, format.dequantize(x.dtype), bias))
+KRONECKER = Route("kronecker", lambda format, dtype: format.T, lambda x, T, bias: T.apply(x) if bias is None else T.apply(x) + bias)
 REFERENCE = Route("reference", _as_is, lambda x, format, bias: reference.matmul(x, format, bias).to(x.dtype))
 
 
@@ -225,6 +230,8 @@ def plain(format: Format | Rounded, how: How) -> Route:
     if isinstance(format, COMBINATORS):
         run = _sum if isinstance(format, Sum) else _scaled if isinstance(format, Scaled) else _columns if isinstance(format, Columns) else _chain
         return Route("parts", _parts, functools.partial(run, how))
+    if isinstance(format, Kronecker):
+        return KRONECKER
     return CACHED if how.memory == "keep" else STREAMED
 
 
@@ -235,7 +242,8 @@ def _parts(format: Format, dtype: torch.dtype) -> list[tuple]:
     if isinstance(format, Columns):
         return [(place, part, {}) for place, part in zip(format.places(), (format.first, format.second), strict=True)]
     if isinstance(format, Transformed):  # A · Tᵀ is a chain too: the transform first, turned around
-        return [(Dense(format.transform.dequantize(dtype).T), {}), (format.inner, {})]
+        T = format.transform
+        return [(T.T if isinstance(T, Kronecker) else Dense(T.dequantize(dtype).T), {}), (format.inner, {})]
     return [(part, {}) for part in (format.terms if isinstance(format, Sum) else format.factors[::-1])]  # type: ignore[attr-defined]
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
-from compress.formats import Columns, Dense, IntGroup, Lut, Masked, Product, Scaled, Sparse24, Sum, Transformed, Trellis, build, packing
+from compress.formats import Columns, Dense, IntGroup, Kronecker, Lut, Masked, Product, Scaled, Sparse24, Sum, Transformed, Trellis, build, packing
 from compress.formats.int_group import check_group_size
 
 
@@ -65,6 +65,7 @@ def test_int_group_dequantizes_code_by_code(bits, sym, levels):
                          torch.full((96,), 128, dtype=torch.uint8), torch.ones(1), 8, 6, 0),
     lambda: Sum((int_group()[0], Product((Dense(torch.randn(6, 2)), Dense(torch.randn(2, 96)))))),
     lambda: Product((int_group(out=6, n=32)[0], int_group(out=32, n=64, bits=8)[0])),
+    lambda: Transformed(int_group()[0], Kronecker.hadamard(96)),
     lambda: Transformed(int_group()[0], Dense(torch.linalg.qr(torch.randn(96, 96))[0].contiguous())),
     lambda: Masked.pack(n_of_m(3, 13, columns=91), Dense(torch.randn(6, 21).bfloat16())),
     lambda: Masked.pack(torch.eye(5, 9).bool(), Dense(torch.randn(1, 5))),

@@ -19,18 +19,19 @@ from .combine import Product, Scaled, Sum, Transformed
 from .dense import Dense
 from .float_block import FloatBlock
 from .int_group import IntGroup
+from .kronecker import Kronecker
 from .lut import Lut
 from .masked import Masked
 from .sparse24 import Sparse24
 from .trellis import Trellis
 
 __all__ = [
-    "Columns", "Dense", "FloatBlock", "Format", "IntGroup", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis", "build",
-    "join_rows", "split_rows",
+    "Columns", "Dense", "FloatBlock", "Format", "IntGroup", "Kronecker", "Lut", "Masked", "Product", "Scaled", "Sparse24", "Sum", "Transformed", "Trellis",
+    "build", "split_rows",
 ]  # fmt: skip
 
 FORMATS: dict[str, type[Format]] = {f.__name__: f for f in (Dense, IntGroup, Lut, FloatBlock, Masked, Sparse24, Trellis, Sum, Product, Transformed, Scaled,
-                                                            Columns)}  # fmt: skip
+                                                            Columns, Kronecker)}  # fmt: skip
 
 
 def split_rows(weight: Format, sizes: Sequence[int]) -> list[Format]:

@@ -1,0 +1,117 @@
+"""What the swap-AB kernels share: Yᵀ = W · Xᵀ, weights in tensor-core fragment order, split-K in a fixed order.
+
+The weights are the tall operand and stay in registers: a thread's words hold exactly its elements of wgmma's A fragment, so unpacking needs no
+exchange between threads. In a block of 16 rows and 16 columns thread (g, t) of a warp owns rows g and g + 8 (h) and columns 8·kk + 2t + e,
+
+    element (row 8h + g, column 16i + 8kk + 2t + e),      g 0…7,  t 0…3,  h, kk, e 0…1,
+
+and a word holds pairs e = 0, 1 as the low and high 16 bits of a register. `fragments` brings codes into that order. x has few rows: split-K fills the GPU,
+each program adds its share of K tiles, and the last one to arrive at a tile sums all shares in their order: the same bits on every run, no float atomics.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats import Format
+
+INTERPRET = triton.knobs.runtime.interpret  # fixed when kernels are decorated; its bf16 arithmetic is on raw bits, so operands are cast to fp32
+BN = 64  # rows of W a program: one warpgroup of wgmma
+
+
+@triton.jit
+def pair(word, DTYPE: tl.constexpr):
+    """int32 → its low and high halves as 16-bit floats, along a new last dimension e."""
+    return tl.join((word & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True), (word >> 16).to(tl.int16).to(DTYPE, bitcast=True))
+
+
+@triton.jit
+def quad(h0k0, h0k1, h1k0, h1k1, DTYPE: tl.constexpr):
+    """The four registers of a 16×16 block, [...] each → [..., e, kk, h]."""
+    return tl.join(tl.join(pair(h0k0, DTYPE), pair(h0k1, DTYPE)), tl.join(pair(h1k0, DTYPE), pair(h1k1, DTYPE)))
+
+
+@triton.jit
+def dot(w, x, acc, EXACT: tl.constexpr):
+    """EXACT: in fp32, which is what the interpreter needs."""
+    if EXACT:
+        return tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(w, x, acc)
+
+
+@triton.jit
+def finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS: tl.constexpr, SPLIT: tl.constexpr):
+    """acc fp32 [BN, BM], this program's share of rows n of W and rows m of x → y, once all SPLIT shares of the tile are there."""
+    inside = (m[None, :] < M) & (n[:, None] < N)
+    place = m[None, :].to(tl.int64) * N + n[:, None]
+    tile, share = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.program_id(2)
+    last = True
+    if SPLIT > 1:
+        size = M * N
+        tl.store(partial + share * size + place, acc, inside)
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        if SPLIT > 1:
+            acc = tl.zeros_like(acc)
+            for i in range(0, SPLIT):
+                acc += tl.load(partial + i * size + place, inside, 0.0, cache_modifier=".cg")
+            tl.store(arrived + tile, 0)
+        if BIAS:
+            acc += tl.load(bias + n, n < N, 0.0).to(tl.float32)[:, None]
+        tl.store(y + place, acc.to(y.dtype.element_ty), inside)
+
+
+def fragments(codes: Tensor, columns: int) -> Tensor:
+    """[N, K], any dtype → [N/16, K/columns, g 8, t 4, i, h 2, kk 2, e 2], rows and columns padded with zeros to whole tiles."""
+    N, K = codes.shape
+    codes = F.pad(codes, (0, -K % columns, 0, -N % BN))
+    return codes.view(-(-N // BN) * BN // 16, 2, 8, -(-K // columns), columns // 16, 2, 4, 2).permute(0, 3, 2, 6, 4, 1, 5, 7)
+
+
+def words(fields: Tensor, shifts: Tensor) -> Tensor:
+    """Fields [..., *s] shifted left by shifts [*s] and added up: int32 [...]. Fields must not overlap."""
+    total = (fields.long() << shifts.to(fields.device)).flatten(fields.dim() - shifts.dim()).sum(-1)
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
+def rows_of_tile(m: int) -> int:
+    """BM: the width of the tensor-core instruction; 16 is the least that keeps weights in registers."""
+    return 16 if m <= 16 else 32 if m <= 32 else 64
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def split(tiles: int, steps: int, device: torch.device) -> int:
+    """Shares of K: some four programs a multiprocessor, no more than there are steps."""
+    return max(1, min(4 * multiprocessors(device) // tiles, steps, 16))
+
+
+def counters(tiles: int, device: torch.device) -> Tensor:
+    """Zero int32 [tiles], which the kernel leaves zero."""
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+def output(x: Tensor, N: int, shares: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
+    """(y [m, N] in `dtype`, else x's, fp32 shares of it); in the interpreter y is fp32 too, because it truncates to bf16."""
+    y = torch.empty(x.shape[0], N, dtype=torch.float32 if INTERPRET else dtype or x.dtype, device=x.device)
+    return y, torch.empty(shares, x.shape[0], N, dtype=torch.float32, device=x.device) if shares > 1 else None
+
+
+def refuses(x: Tensor, format: Format, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16), least: tuple[int, int] = (8, 0)) -> str | None:
+    """What all these kernels ask of the activations and the GPU, whose compute capability is to be at `least` this; None if x is fine."""
+    if x.dtype not in dtypes:
+        return f"activations are {x.dtype}, not {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}"
+    if not (x.is_cuda or INTERPRET):
+        return f"activations are on {x.device}, not on CUDA"
+    if x.is_cuda and (capability := torch.cuda.get_device_capability(x.device)) < least:
+        return f"compute capability {capability} lacks instructions of this kernel, which came with {least}"
+    device = next(iter(format.tensors().values())).device
+    return f"the weight is on {device}, activations on {x.device}" if device != x.device else None

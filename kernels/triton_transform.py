@@ -1,0 +1,136 @@
+"""Kronecker transforms of activations, Hadamard's above all: one kernel, and quantization of its result while it is still in registers.
+
+    x[m] viewed as X [a, b]:      Y = P₁ᵀ X P₂,      which is  x[m] · (P₁ ⊗ P₂)
+
+A dense transform of n = a·b channels costs n² multiply-adds a token, this n·(a + b): nothing next to the weight that follows. H_n = H_a ⊗ H_b is the case
+of QuaRot (arXiv 2404.00456) and of the trellis format's output; learned P₁, P₂ are FlatQuant's (arXiv 2410.09426); without P₁ the transform is
+block-diagonal (H_32, H_128). A diagonal, signs or channel scales, goes before (x·D·T) or behind it (x·T·D), then a bias, then, where asked for,
+
+    s = max|y| / L,   q = ⌊y / s⌉      L = 127 (int8), 7 (int4 values in int8), 448 (FP8 E4M3)
+
+so that the rotated token is never written in 16 bits. One program a token, the factors padded with zeros to powers of two of at least 16.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..formats import Format, Kronecker
+from .activations import LARGEST
+from .tiles import INTERPRET, refuses
+from .triton_quantize import codes_like, rounded
+
+CHUNK = 32  # rows of X multiplied at a time
+LARGEST_TOKEN = 2**15  # padded channels that fit a program's registers
+
+
+@triton.jit
+def _kronecker(x, left, right, diagonal, bias, y, scales, stride, a, b, LEFT: tl.constexpr, SIGNS: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr,
+               FP8: tl.constexpr, EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """x [M, a·b], left [A, A], right [B, B] zero-padded; SIGNS: the diagonal is 1 before, 2 behind the transform; LARGEST 0: y is not quantized."""
+    token = tl.program_id(0).to(tl.int64)
+    i, j = tl.arange(0, A), tl.arange(0, B)
+    if LEFT:
+        z = tl.zeros((A, B), tl.float32)
+        for start in range(0, A, CHUNK):
+            k = start + tl.arange(0, CHUNK)
+            place, inside = k[:, None] * b + j[None, :], (k[:, None] < a) & (j[None, :] < b)
+            part = tl.load(x + token * stride + place, inside, 0.0)
+            if SIGNS == 1:
+                part = (part.to(tl.float32) * tl.load(diagonal + place, inside, 0.0)).to(part.dtype)
+            P = tl.load(left + k[None, :] * A + i[:, None])  # P₁ᵀ
+            if EXACT:
+                z = tl.dot(P.to(tl.float32), part.to(tl.float32), z, input_precision="ieee")
+            else:
+                z = tl.dot(P, part, z)
+    place, inside = i[:, None] * b + j[None, :], (i[:, None] < a) & (j[None, :] < b)
+    if not LEFT:
+        z = tl.load(x + token * stride + place, inside, 0.0).to(tl.float32)
+        if SIGNS == 1:
+            z *= tl.load(diagonal + place, inside, 0.0)
+    P = tl.load(right + j[:, None] * B + j[None, :])
+    if EXACT:
+        z = tl.dot(z, P.to(tl.float32), input_precision="ieee")
+    else:
+        z = tl.dot(z.to(P.dtype), P)
+    if SIGNS == 2:
+        z *= tl.load(diagonal + place, inside, 0.0)
+    if BIAS:
+        z += tl.load(bias + place, inside, 0.0).to(tl.float32)
+    if LARGEST > 0:
+        scale = tl.max(tl.max(tl.abs(z), 1), 0) / LARGEST
+        tl.store(scales + token, scale)
+        z = rounded(z / tl.maximum(scale, 1e-30), LARGEST, FP8)
+    tl.store(y + token * (a * b) + place, z.to(y.dtype.element_ty), inside)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    left: Tensor | None  # [A, A], the a×a matrix padded with zeros; None: the identity, and the transform is block-diagonal
+    right: Tensor  # [B, B], likewise
+    diagonal: Tensor | None  # fp32 [a·b]; None: ones
+    behind: bool
+    a: int
+    b: int
+
+
+def supports(format: Format, x: Tensor) -> str | None:
+    """None if `prepare` and `matmul` run this, else the reason."""
+    if not isinstance(format, Kronecker):
+        return f"{type(format).__name__} is not Kronecker"
+    if (size := _padded_size(len(format.left)) * _padded_size(len(format.right))) > LARGEST_TOKEN:
+        return f"{size} padded channels of a token: {LARGEST_TOKEN} fit registers"
+    return refuses(x, format)
+
+
+def prepare(format: Kronecker, dtype: torch.dtype) -> Prepared:
+    """For x · formatᵀ, as a weight is multiplied by."""
+    return prepared(format.T, dtype)
+
+
+def prepared(T: Kronecker, dtype: torch.dtype) -> Prepared:
+    """For x · T, factors in the activations' dtype."""
+    a, b = len(T.left), len(T.right)
+    identity = torch.equal(T.left, torch.eye(a, dtype=T.left.dtype, device=T.left.device))
+    ones = bool((T.diagonal == 1).all())
+    return Prepared(None if identity else _padded(T.left, dtype), _padded(T.right, dtype), None if ones else T.diagonal.float(), T.behind, a, b)
+
+
+def _padded_size(n: int) -> int:
+    return max(16, triton.next_power_of_2(n))
+
+
+def _padded(P: Tensor, dtype: torch.dtype) -> Tensor:
+    missing = _padded_size(len(P)) - len(P)
+    return F.pad(P.to(dtype), (0, missing, 0, missing)).contiguous()
+
+
+def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
+    """x [m, n] → [m, n] in its dtype."""
+    return transform(x, prepared, bias)  # type: ignore[return-value]
+
+
+def transform(x: Tensor, T: Prepared, bias: Tensor | None = None, grid: str | None = None, dtype: torch.dtype | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """x [m, a·b] in the factors' dtype (fp32 runs in tf32) → [m, a·b] in `dtype`, or with a grid ("int8", "int4", "fp8") its codes and fp32 scales [m, 1].
+
+    bf16 and fp16 are rounded to their dtype between the two products; sums are fp32."""
+    m, n = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    dtype = codes_like(grid) if grid else dtype or x.dtype
+    y = torch.empty(m, n, dtype=torch.float32 if INTERPRET and not grid else dtype, device=x.device)
+    scales = torch.empty(m, 1, device=x.device) if grid else None
+    A, B = _padded_size(T.a), _padded_size(T.b)
+    if m:
+        _kronecker[(m,)](x, T.left, T.right, T.diagonal, bias, y, scales, x.stride(0), T.a, T.b, LEFT=T.left is not None,
+                         SIGNS=0 if T.diagonal is None else 2 if T.behind else 1, BIAS=bias is not None, LARGEST=LARGEST.get(grid or "", 0),
+                         FP8=grid == "fp8", EXACT=INTERPRET, A=A, B=B, CHUNK=min(CHUNK, A), num_warps=launch(A, B))  # fmt: skip
+    return (y, scales) if scales is not None else y.to(dtype)
+
+
+def launch(A: int, B: int) -> int:
+    """Warps: 64 accumulators a thread."""
+    return min(16, max(4, A * B // 2048))
