@@ -66,6 +66,7 @@ OPS = {
     "shl.b32": shift(np.left_shift), "shr.b32": shift(np.right_shift), "shr.u32": shift(np.right_shift), "lop3.b32": lop3, "prmt.b32": prmt,
     "add.u32": np.add, "sub.u32": np.subtract, "mul.lo.u32": np.multiply, "mad.lo.u32": lambda a, b, c: a * b + c,
     "add.bf16x2": bf16x2(np.add), "sub.bf16x2": bf16x2(np.subtract), "mul.bf16x2": bf16x2(np.multiply),
+    "cvt.rn.bf16x2.f32": lambda high, low: fp32_to_bf16(low.view(np.float32)) | fp32_to_bf16(high.view(np.float32)) << U(16),
     "fma.rn.bf16x2": bf16x2(lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32)),
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ class Kernel:
 def compile_all(specs: list[Spec]) -> list[Kernel]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
-        env |= {"TRITON_CACHE_DIR": os.environ.get("SASS_CACHE", cache), "PYTHONPATH": str(ROOT)}
+        env = {"TRITON_CACHE_DIR": cache} | env | {"PYTHONPATH": os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(ROOT)])}
         run = subprocess.run([sys.executable, __file__], input=json.dumps([asdict(s) for s in specs]), env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-4000:]
     return [Kernel(**kernel) for kernel in json.loads(run.stdout)]
