@@ -2,7 +2,8 @@
 
     dense-cached     dequantize once, keep the copy: the speed and the memory of the original weight
     dense-streamed   dequantize at every call: the memory of the compressed weight
-    triton-int       codes read by the GPU kernel
+    triton-int       codes read by the GPU kernel as they lie in the artifact
+    triton-fragment  integers, tables and floats, repacked at load into the order of tensor-core registers; a low-rank term added in the same kernel
     cpu-pack         codes read by the int4 / int8 matmuls that torch ships for CPU
     parts            a combinator taken apart: x·Aᵀ + x·Bᵀ (each on its columns, for Columns), (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
 
@@ -13,10 +14,12 @@ verification use.
 """
 
 import functools
+import importlib
 import logging
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -132,12 +135,14 @@ def routes(format: Format, x: Tensor, policy: Policy = "auto", memory: Memory = 
     if isinstance(format, IntGroup):
         if cpu_int.supports(format, x) is None:
             options.append(CPU_PACK)
-        if x.is_cuda and (triton_int := _triton_int()) and triton_int.supports(format, x) is None:
+        if x.is_cuda and (triton_int := _kernel("triton_int")) and triton_int.supports(format, x) is None:
             options.append(Route("triton-int", _as_is, triton_int.matmul))
     elif options[0] is not CACHED and memory == "keep":  # a combinator may be written out, unless its factors are the smaller matrices
         chain = [factor.shape for factor in format.factors] if isinstance(format, Product) else []
         if not chain or sum(a * b for a, b in chain) >= format.shape[0] * format.shape[1]:
             options.append(CACHED)
+    if x.is_cuda and (fragment := _kernel("fragment")) and fragment.supports(format, x) is None:
+        options.append(Route("triton-fragment", fragment.prepare, fragment.matmul))
     return options
 
 
@@ -190,11 +195,10 @@ def _columns(policy: Policy, memory: Memory) -> Route:
 
 
 @functools.cache
-def _triton_int():
-    """The kernel's module, or None said once: triton is not everywhere that torch is."""
+def _kernel(file: str) -> ModuleType | None:
+    """A kernel's module, or None said once: triton is not everywhere that torch is."""
     try:
-        from . import triton_int
+        return importlib.import_module(f".{file}", __package__)
     except ImportError as error:
-        log.warning("no Triton kernel (%s): CUDA layers run dense", error)
+        log.warning("no kernel %s (%s): other routes are taken", file, error)
         return None
-    return triton_int

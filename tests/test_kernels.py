@@ -372,7 +372,7 @@ def test_inside_torch_compile_and_on_meta_nothing_is_measured(races, name):
 
 def test_the_door_opens_without_triton():
     script = "import sys; sys.modules['triton'] = None; import compress.kernels.dispatch as d, compress.kernels.bench; " \
-             "assert 'compress.kernels.triton_int' not in sys.modules; assert d._triton_int() is None"  # fmt: skip
+             "assert 'compress.kernels.triton_int' not in sys.modules; assert d._kernel('triton_int') is None"  # fmt: skip
     subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, timeout=120)
 
 
@@ -428,7 +428,7 @@ def test_gpu_dispatch_in_a_cuda_graph(cache_folder):
     with torch.cuda.graph(graph):
         y = dispatch.matmul(x, format, None, cache)
     graph.replay()
-    assert torch.equal(y, eager) and {"dense-cached", "triton-int"} == set(*json.loads((cache_folder / "tune.json").read_text()).values())
+    assert torch.equal(y, eager) and {"dense-cached", "triton-int", "triton-fragment"} == set(*json.loads((cache_folder / "tune.json").read_text()).values())
 
 
 @pytest.mark.gpu

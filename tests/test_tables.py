@@ -65,7 +65,7 @@ def test_kernels_handle_or_refuse_float_zeros():
             ours = cpu_int.matmul(x, cpu_int.prepare(fmt)).T.float()
             step = fmt.scales.float().repeat_interleave(32, dim=1)
             assert ((ours - fmt.dequantize()).abs() <= 2**-8 * (fmt.dequantize().abs() + 8 * step)).all()
-        if triton_int := dispatch._triton_int():
+        if triton_int := dispatch._kernel("triton_int"):
             assert "float zero points" in triton_int.supports(fmt, x)
 
 
