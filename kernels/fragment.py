@@ -3,7 +3,7 @@
     y[m, n] = Σ_g s[n, g] · Σ_{k ∈ g} (q[n, k] − z[n, g]) · x[m, k]  +  b[n]  +  Σ_r B[n, r] · u[m, r]
 
 Few rows of x are a narrow second operand (Y^T: the weight is the tall one), so a decoding step reads every code once, 16 bytes a thread, and
-unpacks it with 1.5 to 3.5 instructions a weight (fragment_layout.py, unpack.py) where a layout of rows costs 7: on Hopper that, not bandwidth, is
+unpacks it with 1.6 to 3.5 instructions a weight (fragment_layout.py, unpack.py) where a layout of rows costs 7: on Hopper that, not bandwidth, is
 the limit. Scales multiply partial sums or weights (fragment_weight.py); beyond 64 rows of x it is cheaper on the weight, in bf16, as a dense bf16
 weight is rounded. K is split over `split` programs of which the last to finish adds all partial sums in one order: no atomics on data, the same bits
 every run. More than 256 rows go through dense chunks (prefill.py).
@@ -23,7 +23,7 @@ from ..formats import Format
 from . import fragment_layout as layout
 from . import ops, prefill, unpack
 from .fragment_weight import Prepared, prepare, supports
-from .unpack import joined, mul, pairs, spread, sub, tables, twice
+from .unpack import joined, mul, pairs, spread, tables, twice
 
 __all__ = ["Config", "Prepared", "matmul", "prepare", "rule", "supports", "variants"]
 ROWS = 256  # of x
@@ -70,7 +70,7 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
             FULL: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, STEP: tl.constexpr, PART: tl.constexpr, SPLIT: tl.constexpr,
             ASM: tl.constexpr, F32: tl.constexpr):  # fmt: skip
     """STEP: units of 64 columns an iteration; PART: how many of them share a scale; GROUP: how many the scale has, over iterations.
-    OFFSET: a pair of bf16 to subtract, where `z` has none a group. F32: the interpreter cannot multiply bf16."""
+    OFFSET: a pair of bf16 to subtract, where it is the same for all groups. F32: the interpreter cannot multiply bf16."""
     block, split = tl.program_id(0), tl.program_id(1)
     r, c = tl.arange(0, BN // 2), tl.arange(0, 16)  # words: 8 rows g of each 16-row block; (t, w)
     n, m, k = block * BN + tl.arange(0, BN), tl.program_id(2) * BM + tl.arange(0, BM), tl.arange(0, 64 * PART)
@@ -81,6 +81,9 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
     xp = x + m[None, :].to(tl.int64) * stride + k[:, None]
     table = tables(t, n0, entries, PER_ROW) if t is not None else None
     acc = tl.zeros((BN, BM), tl.float32)
+    if z is None or sums is not None:
+        z0 = tl.full((1, 1), OFFSET, tl.int32) if OFFSET else None
+        z1 = z0
     for step in range(split, steps, SPLIT):
         for j in tl.static_range(STEP):
             unit = step * STEP + j
@@ -112,12 +115,7 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
             if SCALE == "byte":
                 both = tl.load(s + fine + unit * 32).to(tl.int32)
                 s0, s1 = spread(both, 0, ASM) * BYTE_MUL + BYTE_ADD, spread(both, 1, ASM) * BYTE_MUL + BYTE_ADD
-            p00, p01, p10, p11 = pairs(w0, w1, w2, table, j % UNITS, KIND, ASM)
-            if OFFSET:
-                z0 = tl.full((1, 1), OFFSET, tl.int32)
-                z1 = z0
-            if OFFSET or (z is not None and sums is None):
-                p00, p01, p10, p11 = sub(p00, z0, ASM), sub(p01, z0, ASM), sub(p10, z1, ASM), sub(p11, z1, ASM)
+            p00, p01, p10, p11 = pairs(w0, w1, w2, table, z0, z1, j % UNITS, KIND, ASM)
             if SCALE == "weight" or SCALE == "fine" or SCALE == "byte":
                 p00, p01, p10, p11 = mul(p00, s0, ASM), mul(p01, s0, ASM), mul(p10, s1, ASM), mul(p11, s1, ASM)
             v = (v if j % PART else ()) + (p00, p01, p10, p11)  # noqa: F821
@@ -163,8 +161,10 @@ def workspace(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def widest(p: Prepared) -> int:
-    """Rows of x that a program can hold: partial sums and their total are registers both, and x is in shared memory, several times."""
-    return 64 if p.scale == "group" and not p.weight_side else 128 if layout.KINDS[p.kind].units == 4 else ROWS
+    """Rows of x that a program can hold: partial sums and their total are registers both, so are tables, and x is in shared memory, several times."""
+    if p.scale == "group" and not p.weight_side:
+        return 64
+    return ROWS if p.zeros is None and p.table is None and p.scale != "fine" and layout.KINDS[p.kind].units < 4 else 128
 
 
 def bucket(m: int) -> int:
@@ -177,9 +177,10 @@ def rule(p: Prepared, m: int) -> Config:
     N, K = layout.padded((16 * len(p.words), p.shape[1]))
     kind, bm = layout.KINDS[p.kind], min(bucket(m), widest(p))
     bn = 128 if N % 128 == 0 and (bm > 64 or (bm <= 32 and kind.bits <= 4 and N * K >= 2**25)) else 64
+    step = 4 if bm <= 32 and kind.bits <= 4 and p.scale != "fine" else max(kind.units, 2)
     tiles = N // bn * math.ceil(m / bm)
     split = max(1, min(PROGRAMS // tiles, K // 1024, PARTIAL // (tiles * bn * bm)))
-    return Config(bn, bm, split, 4 if bm <= 32 and kind.bits <= 4 else max(kind.units, 2), 4 if bm <= 32 else 3, 8 if bm > 64 and bn == 128 else 4)
+    return Config(bn, bm, split, step, 4 if bm <= 32 else 3, 8 if bm > 64 and bn == 128 else 4)
 
 
 def variants(format: Format, x: Tensor) -> dict:

@@ -116,9 +116,9 @@ class Codes:
     q: Tensor  # [out, in], the kind's bits
     scales: Tensor | None  # [out, groups]
     group: int  # columns
-    zeros: Tensor | None = None  # [out, groups], off the numbers that q is unpacked to
-    offset: int = 0  # or one for all, a pair of bf16
-    corrected: bool = False  # zeros are no integers
+    zeros: Tensor | None = None  # [out, groups], subtracted from the numbers that q is unpacked to
+    offset: int = 0  # the same for all, a pair of bf16
+    corrected: bool = False  # zeros are no integers and come after the offset
     table: Tensor | None = None
     byte: tuple[int, int] = (0, 0)
     outer: float = 1.0  # times everything
@@ -137,11 +137,14 @@ def _integers(leaf: IntGroup) -> Codes:
         return Codes("ternary", torch.tensor([3, 0, 1], device=q.device)[q], leaf.scales / 2, group)  # a sign above a magnitude
     if leaf.zeros is None and bits == 1:
         return Codes("binary", 1 - q, leaf.scales / 2, group)
-    kind, shift = (f"int{max(bits, 2)}", 128) if bits <= 4 else ("int8", -(2 ** (bits - 1)))
-    q, zero = q if bits <= 4 else q + shift, zero + shift
+    kind, base = (f"int{max(bits, 2)}", 128) if bits <= 4 else ("int8", 0)
+    if bits > 4:
+        q, zero = q - 2 ** (bits - 1), zero - 2 ** (bits - 1)
     if leaf.zeros is None:
-        return Codes(kind, q, leaf.scales, group, offset=_pair(zero[0, 0].item()))
-    return Codes(kind, q, leaf.scales, group, zero, corrected=leaf.zeros.is_floating_point())
+        return Codes(kind, q, leaf.scales, group, offset=_pair(base + zero[0, 0].item()))
+    if leaf.zeros.is_floating_point():
+        return Codes(kind, q, leaf.scales, group, zero, offset=_pair(base), corrected=True)
+    return Codes(kind, q, leaf.scales, group, base + zero)
 
 
 def _values(leaf: Lut) -> Codes:

@@ -15,14 +15,14 @@ from torch import Tensor
 from . import fragment_layout as layout
 from . import unpack
 from .fragment_weight import Prepared
-from .unpack import high, joined, low, pairs, rounded, spread, tables
+from .unpack import high, joined, low, pairs, rounded, spread, tables, twice
 
 CHUNK = 12 * 2**20  # bf16 weights, 24 MB
 
 
 @triton.jit
 def _scaled(p, z, s, row, ASM: tl.constexpr):
-    """A pair, offset by z, to the pair of weights: in fp32, rounded once."""
+    """A pair minus z, which is no integer, to the pair of weights: in fp32, rounded once."""
     return rounded((low(p) - z) * s * row, (high(p) - z) * s * row, ASM)
 
 
@@ -44,7 +44,7 @@ def _dequantize(out, w, s, z, t, row, first, last, K, stride, padded, tiles, ent
         unit = tile * UNITS + u
         g = unit // GROUP * padded
         fine = (block * (tiles * UNITS * 32) + r % 8 * 4)[:, None] + (c % 4)[None, :] + unit * 32
-        s0, s1, z0, z1, row0, row1 = 1.0, 1.0, 0.0, 0.0, 1.0, 1.0
+        s0, s1, f0, f1, row0, row1 = 1.0, 1.0, 0.0, 0.0, 1.0, 1.0
         if SCALE == "group":
             s0, s1 = tl.load(s + g + n0).to(tl.float32)[:, None], tl.load(s + g + n0 + 8).to(tl.float32)[:, None]
         if SCALE == "fine":
@@ -54,17 +54,16 @@ def _dequantize(out, w, s, z, t, row, first, last, K, stride, padded, tiles, ent
             s0, s1 = low(spread(both, 0, ASM) * BYTE_MUL + BYTE_ADD), low(spread(both, 1, ASM) * BYTE_MUL + BYTE_ADD)
         if row is not None:
             row0, row1 = tl.load(row + n0)[:, None], tl.load(row + n0 + 8)[:, None]
-        if OFFSET:
-            z0 = low(tl.full((1, 1), OFFSET, tl.int32))
+        if CORRECTED:
+            f0, f1 = tl.load(z + g + n0)[:, None], tl.load(z + g + n0 + 8)[:, None]
+        if z is None or CORRECTED:
+            z0 = tl.full((1, 1), OFFSET, tl.int32) if OFFSET else None
             z1 = z0
-        elif z is not None:
-            if CORRECTED:
-                z0, z1 = tl.load(z + g + n0)[:, None], tl.load(z + g + n0 + 8)[:, None]
-            else:
-                both = tl.load(z + fine) if SCALE == "fine" else tl.load(z + g // 2 + (first + rows) // 2 + r)[:, None]
-                z0, z1 = low(both), high(both)
-        p00, p01, p10, p11 = pairs(w0, w1, w2, table, u, KIND, ASM)
-        v = (_scaled(p00, z0, s0, row0, ASM), _scaled(p01, z0, s0, row0, ASM), _scaled(p10, z1, s1, row1, ASM), _scaled(p11, z1, s1, row1, ASM))
+        else:
+            both = tl.load(z + fine) if SCALE == "fine" else tl.load(z + g // 2 + (first + rows) // 2 + r)[:, None]
+            z0, z1 = twice(both, 0, ASM), twice(both, 1, ASM)
+        p00, p01, p10, p11 = pairs(w0, w1, w2, table, z0, z1, u, KIND, ASM)
+        v = (_scaled(p00, f0, s0, row0, ASM), _scaled(p01, f0, s0, row0, ASM), _scaled(p10, f1, s1, row1, ASM), _scaled(p11, f1, s1, row1, ASM))
         column = unit * 64 + k
         tl.store(out + (n - first)[:, None].to(tl.int64) * stride + column[None, :], joined(v, 1, BN), (n[:, None] < last) & (column[None, :] < K))
 

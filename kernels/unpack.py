@@ -1,7 +1,7 @@
 """From packed words to tensor-core operands: one shift and one three-input logic instruction for two weights, no conversion, no shuffle.
 
 A bf16 whose exponent says 128 counts in its 7 bits of mantissa: 0x4300 | q is the number 128 + q. So codes become floats by masking them
-into a constant, two at a time (lop3); what must be subtracted or multiplied is done on packed pairs too (sub.bf16x2, mul.bf16x2). A register
+into a constant, two at a time (lop3); zero points are subtracted and scales multiplied on packed pairs too (sub.bf16x2, mul.bf16x2). A register
 of two bf16 is an int32 here until the last moment, because Triton takes bf16 arithmetic apart at the cost of a permute a weight. One or two
 bits need no offset: they are moved to where bf16 has its sign, its largest exponent bit. Floats are shifted to bf16's place and multiplied by
 the power of two that their bias was off. A 16-entry table is four registers of high bytes and four of low ones, looked up by byte permutes.
@@ -107,21 +107,29 @@ def halves(p):
 
 
 @triton.jit
-def byte(w, ASM: tl.constexpr):
-    """Bits 0…7 of both halves as signed numbers: (b mod 128 + 128) − (128 or 256)."""
-    return sub(and_or(w, 0x007F007F, 0x43004300, ASM), and_or(w, 0x00800080, 0x43004300, ASM), ASM)
+def byte(w, z, ASM: tl.constexpr):
+    """Bits 0…7 of both halves as signed numbers, (b mod 128 + 128) − (128 or 256), minus z if there is one."""
+    q = sub(and_or(w, 0x007F007F, 0x43004300, ASM), and_or(w, 0x00800080, 0x43004300, ASM), ASM)
+    return q if z is None else sub(q, z, ASM)
 
 
 @triton.jit
-def three(w0, w1, w2, PAIR: tl.constexpr, ASM: tl.constexpr):
+def field(w, z, I: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Field I of both halves minus z − 128. Six bits of a mantissa hold two fields of 3 bits or three of 2 without a shift between them: one that is
+    2^p times too large counts from 128 / 2^p instead of 128, and so does its z."""
+    PER: tl.constexpr = 6 // BITS  # fields a shift brings into the mantissa
+    P: tl.constexpr = I % PER * BITS
+    BASE: tl.constexpr = 0x43004300 - P * 0x00800080
+    q = and_or(w >> I // PER * PER * BITS, ((1 << BITS) - 1) * 0x00010001 << P, BASE, ASM)
+    return sub(q, (z - 0x43004300) * (1 << P) + BASE, ASM)
+
+
+@triton.jit
+def three(w0, w1, w2, z, PAIR: tl.constexpr, ASM: tl.constexpr):
     if PAIR == 15:
-        return ((w0 >> 15) & 0x00010001) | ((w1 >> 14) & 0x00020002) | ((w2 >> 13) & 0x00040004) | 0x43004300
-    elif PAIR < 5:
-        return and_or(w0 >> 3 * PAIR, 0x00070007, 0x43004300, ASM)
-    elif PAIR < 10:
-        return and_or(w1 >> 3 * (PAIR - 5), 0x00070007, 0x43004300, ASM)
+        return sub(((w0 >> 15) & 0x00010001) | ((w1 >> 14) & 0x00020002) | ((w2 >> 13) & 0x00040004) | 0x43004300, z, ASM)
     else:
-        return and_or(w2 >> 3 * (PAIR - 10), 0x00070007, 0x43004300, ASM)
+        return field(w0 if PAIR < 5 else w1 if PAIR < 10 else w2, z, PAIR % 5, 3, ASM)
 
 
 @triton.jit
@@ -164,17 +172,17 @@ def entry(q, h0, h1, h2, h3, l0, l1, l2, l3):
 
 
 @triton.jit
-def pairs(w0, w1, w2, t, U: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
-    """Words [BN/2, 16] of a tile's planes → the pairs (h, k) = 00, 01, 10, 11 of its unit U: packed bf16, still offset (see Kind).
+def pairs(w0, w1, w2, t, z0, z1, U: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Words [BN/2, 16] of a tile's planes → the pairs (h, k) = 00, 01, 10, 11 of its unit U: packed bf16, exact.
+    z0, z1: what integers are counted from in the rows h = 0 and h = 1 (128 + zero point up to 4 bits), pairs of bf16.
     t: for a table, h0…h3, l0…l3 of the rows h = 0, then those of the rows h = 1."""
     if KIND == "int4":
-        return (and_or(w0, 0x000F000F, 0x43004300, ASM), and_or(w0 >> 4, 0x000F000F, 0x43004300, ASM),
-                and_or(w0 >> 8, 0x000F000F, 0x43004300, ASM), and_or(w0 >> 12, 0x000F000F, 0x43004300, ASM))  # fmt: skip
+        return field(w0, z0, 0, 4, ASM), field(w0, z0, 1, 4, ASM), field(w0, z1, 2, 4, ASM), field(w0, z1, 3, 4, ASM)
     elif KIND == "int3":
-        return three(w0, w1, w2, 4 * U, ASM), three(w0, w1, w2, 4 * U + 1, ASM), three(w0, w1, w2, 4 * U + 2, ASM), three(w0, w1, w2, 4 * U + 3, ASM)
+        return (three(w0, w1, w2, z0, 4 * U, ASM), three(w0, w1, w2, z0, 4 * U + 1, ASM),
+                three(w0, w1, w2, z1, 4 * U + 2, ASM), three(w0, w1, w2, z1, 4 * U + 3, ASM))  # fmt: skip
     elif KIND == "int2":
-        return (and_or(w0 >> 8 * U, 0x00030003, 0x43004300, ASM), and_or(w0 >> 8 * U + 2, 0x00030003, 0x43004300, ASM),
-                and_or(w0 >> 8 * U + 4, 0x00030003, 0x43004300, ASM), and_or(w0 >> 8 * U + 6, 0x00030003, 0x43004300, ASM))  # fmt: skip
+        return (field(w0, z0, 4 * U, 2, ASM), field(w0, z0, 4 * U + 1, 2, ASM), field(w0, z1, 4 * U + 2, 2, ASM), field(w0, z1, 4 * U + 3, 2, ASM))
     elif KIND == "ternary":
         M: tl.constexpr = -1073692672  # 0xC000C000
         return (and_or(w0 << 8 * U, M, 0, ASM), and_or(w0 << 8 * U + 2, M, 0, ASM),
@@ -184,7 +192,7 @@ def pairs(w0, w1, w2, t, U: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr)
         return (and_or(w0 << 4 * U, S, 0x3F803F80, ASM), and_or(w0 << 4 * U + 1, S, 0x3F803F80, ASM),
                 and_or(w0 << 4 * U + 2, S, 0x3F803F80, ASM), and_or(w0 << 4 * U + 3, S, 0x3F803F80, ASM))  # fmt: skip
     elif KIND == "int8":
-        return byte(w0, ASM), byte(w0 >> 8, ASM), byte(w1, ASM), byte(w1 >> 8, ASM)
+        return byte(w0, z0, ASM), byte(w0 >> 8, z0, ASM), byte(w1, z1, ASM), byte(w1 >> 8, z1, ASM)
     elif KIND == "e4m3":
         return e4m3(w0 << 8, ASM), e4m3(w0, ASM), e4m3(w1 << 8, ASM), e4m3(w1, ASM)
     elif KIND == "e2m1":

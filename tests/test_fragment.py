@@ -254,18 +254,21 @@ def test_the_op_keeps_what_torch_library_asks():
 # ---------------------------------------------------------------- SASS for sm_90
 
 POINTERS = {BF16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16"}
-COMPILED = {  # name: weight, rows of x, tiling, instructions a weight that kernels.md counts: 0.65 of them for the zero point, 0.5 for scales in bf16
+# name: weight, rows of x, tiling, instructions a weight: at most what a prototype of the layout needed, with 0.65 for a zero point and 0.5 for scales in bf16;
+# 0.15 more at 128 rows, 0.1 for groups of 64
+COMPILED = {
     "int8": (ints(128, 512, 8, 512), 16, Config(64, 16, 4, 2, 4), 3.7),
     "int8 wide": (ints(128, 512, 8, 512), 16, Config(128, 16, 4, 2, 4), 3.0),
     "int4": (ints(128, 512, 4, 128), 1, Config(64, 16, 4, 4, 4), 3.15),
     "int4 wide": (ints(128, 512, 4, 128), 16, Config(128, 16, 4, 4, 4), 2.55),
     "int4 asym": (ints(128, 512, 4, 128, "int"), 3, Config(64, 16, 4, 4, 4), 3.2),
     "int4 asym wide": (ints(128, 512, 4, 128, "int"), 16, Config(128, 16, 4, 2, 4), 2.55),
-    "int4 float zero wide": (ints(128, 512, 4, 128, "float"), 16, Config(128, 16, 4, 4, 4), 2.1),
+    "int4 float zero wide": (ints(128, 512, 4, 128, "float"), 16, Config(128, 16, 4, 4, 4), 2.55),
     "int4 m64": (ints(128, 512, 4, 128, "int"), 64, Config(128, 64, 2, 2, 3), 3.1),
-    "int4 m256": (ints(128, 512, 4, 128, "int"), 256, Config(128, 256, 1, 2, 3, 8), 4.8),
-    "int3 wide": (ints(128, 512, 3, 128), 16, Config(128, 16, 4, 4, 3), 2.45),
-    "int2 wide": (ints(128, 512, 2, 128), 16, Config(128, 16, 4, 4, 4), 2.55),
+    "int4 m128": (ints(128, 512, 4, 128, "int"), 128, Config(128, 128, 2, 2, 3, 8), 4.15),
+    "int4 m256": (ints(128, 512, 4, 128), 256, Config(128, 256, 2, 2, 3, 8), 4.8),
+    "int3 wide": (ints(128, 512, 3, 128), 16, Config(128, 16, 4, 4, 3), 2.2),
+    "int2 wide": (ints(128, 512, 2, 64, "int"), 16, Config(128, 16, 4, 4, 4), 2.65),
     "ternary wide": (ints(128, 512, 2, 128, levels=3), 16, Config(128, 16, 4, 4, 4), 1.9),
     "binary wide": (ints(128, 512, 1, 256), 16, Config(128, 16, 4, 4, 3), 1.6),
     "nf4": (lut(128, 512, 16, 8), 16, Config(64, 16, 4, 4, 4), 5.2),
@@ -305,7 +308,7 @@ def compiled() -> dict[str, sass.Kernel]:
 def test_sm90_dense_chunks(compiled):
     kernel = compiled["dense chunk"]  # 64 × 64 weights, no loop
     assert kernel.stack == 0 and not kernel.count("I2F", "I2FP", "STS.U16", "STG.E.U16"), kernel.mix
-    assert kernel.count("STG") <= 4 and kernel.per_weight(32) < 12, (kernel.per_weight(32), kernel.mix)
+    assert kernel.count("STG") <= 4 and kernel.per_weight(32) <= 12, (kernel.per_weight(32), kernel.mix)
 
 
 @pytest.mark.parametrize("name", COMPILED)
