@@ -44,10 +44,12 @@ BUCKETS = (1, 4, 16, 64, 256)  # rows; each is timed at its upper edge, where pa
 SMALL = 2**17  # a weight of fewer elements is not worth a measurement: dense
 MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
 COMBINATORS = (Sum, Product, Transformed, Scaled, Columns)
-KERNELS = {"cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
-           "cuda": {"triton-int": "triton_int", "triton-lut": "triton_lut", "triton-trellis": "triton_trellis", "triton-2:4": "triton_sparse24",
-                    "triton-a8": "triton_a8", "triton-kronecker": "triton_transform", "cublas-a8": "cublas_a8",
-                    "cusparselt": "cusparselt"}}  # device → name → file
+KERNELS = {  # device → name → file
+    "cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
+    "cuda": {"triton-int": "triton_int", "triton-fragment": "fragment", "triton-lut": "triton_lut", "triton-trellis": "triton_trellis",
+             "triton-2:4": "triton_sparse24", "triton-a8": "triton_a8", "triton-kronecker": "triton_transform", "cublas-a8": "cublas_a8",
+             "cusparselt": "cusparselt"},
+}  # fmt: skip
 
 
 class How(NamedTuple):
