@@ -1,10 +1,10 @@
 """Activations to 8 bits, one scale a token, in the pass over memory that makes them.
 
     y = x      or   x / √(mean x² + ε) · w  (RMSNorm)     or   SiLU(gate) · up
-    s = max|y| / L,   q = ⌊y / s⌉                                             L = 127 (int8), 7 (int4 values in int8), 448 (FP8 E4M3)
+    s = max|y| / L,   q = ⌊y / s + ½⌋                                         L = 127 (int8), 7 (int4 values in int8), 448 (FP8 E4M3)
 
-Alone it reads 2 bytes and writes 1 a channel; behind the norm or the gate it replaces their write of 2 and this read of 2. Rounding is half to even, by
-adding 1.5·2²³: beyond it fp32 has no fraction, so the addition rounds and the subtraction is exact. One program a token; nothing is rounded before s.
+Alone it reads 2 bytes and writes 1 a channel; behind the norm or the gate it replaces their write of 2 and this read of 2. Rounding is
+that of activations.py, which evaluation uses. One program a token; nothing is rounded before s.
 """
 
 import torch
@@ -20,7 +20,7 @@ from .activations import LARGEST
 def rounded(y, LARGEST: tl.constexpr, FP8: tl.constexpr):
     """y / s in fp32 to its grid: integers for the cast to int8; FP8's own cast rounds, only its range is kept."""
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
-    return y if FP8 else (y + 12582912.0) - 12582912.0
+    return y if FP8 else tl.floor(y + 0.5)
 
 
 @triton.jit
