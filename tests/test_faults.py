@@ -189,10 +189,10 @@ def test_a_real_command_killed(work, tmp_path):
 
 
 def test_interrupted(work, tmp_path):
-    for attempt in range(3):  # an interrupt that lands in a destructor is swallowed by Python itself, and the run goes on to its end
+    for attempt in range(8):  # Python swallows an interrupt that lands in a destructor, and on a busy machine it may come too late: the run then ends well
         out = tmp_path / f"out{attempt}"
         process = start(work, out)
-        wait(process, lambda out=out: (out / "block-00001.safetensors").exists())
+        wait(process, lambda out=out: (out / "block-00000.safetensors").exists())
         os.kill(process.pid, signal.SIGINT)
         process.join()
         if process.exitcode:
