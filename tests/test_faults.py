@@ -54,6 +54,7 @@ def child(argv: list[str], out: Path, die_at: int | None, touches: Path | None, 
     for name, stream in (("err", sys.stderr), ("out", sys.stdout)):
         os.dup2(os.open(f"{out}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), stream.fileno())
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background with interrupts ignored
     seen = []
 
     def audit(event, args):
@@ -189,10 +190,10 @@ def test_a_real_command_killed(work, tmp_path):
 
 
 def test_interrupted(work, tmp_path):
-    for attempt in range(8):  # Python swallows an interrupt that lands in a destructor, and on a busy machine it may come too late: the run then ends well
+    for attempt in range(3):  # an interrupt that lands in a destructor is swallowed by Python itself, and the run goes on to its end
         out = tmp_path / f"out{attempt}"
         process = start(work, out)
-        wait(process, lambda out=out: (out / "block-00000.safetensors").exists())
+        wait(process, lambda out=out: (out / "block-00001.safetensors").exists())
         os.kill(process.pid, signal.SIGINT)
         process.join()
         if process.exitcode:

@@ -130,8 +130,10 @@ def test_a_programme_counts_flops_and_bytes(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not YARDSTICK.is_dir(), reason=f"no yardstick at {YARDSTICK}")
-def test_a_fifth_of_the_neurons_of_the_yardstick(tmp_path):
+def test_a_fifth_of_the_neurons_of_the_yardstick(tmp_path, request):
     """Behind any choice but that by magnitude alone, least squares beats FLAP's constants; a small edition of the table of docs/structure.md."""
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("takes minutes; pytest -m slow runs it")
     kl = {}
     for name in ("loraprune", "flap-bias", "flap", "magnitude", "activation", "taylor", "trajectory"):
         compress.run(str(YARDSTICK / "llama-16m"), {"name": "row", "structure": ROWS[name]}, f"file:{YARDSTICK / 'wikitext2-valid.txt'}", tmp_path / name,
