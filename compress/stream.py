@@ -242,19 +242,19 @@ class Stream:
             def add(name, x, residual, rows=rows, theirs=theirs, valid=valid):
                 x = x.reshape(-1, x.shape[-1])
                 ways = [None] if weights is None or name not in weights else weights[name].view(-1, *self.tokens.shape)[:, rows].to(x.device)
-                for k, weight in enumerate(ways):
-                    key = f"{name}#{k}" if k else name
+                keys = [f"{name}#{k}" if k else name for k in range(len(ways))]
+                for key in keys:
                     if key not in stats:
                         stats[key] = Stats.zeros(x.shape[-1], x.device)
-                    site = stats[key]
-                    if len(x) != self.tokens[rows].numel():  # an expert's tokens: they do not tell where they came from
-                        if valid is not None:
-                            site.note("padding not excluded", "the tokens of a routed expert do not tell which are padding")
-                        return site.add(x)
-                    other, wanted = theirs.get(name, (None, None))
-                    missing = None if residual is None else wanted.float() - residual.float()
+                if len(x) != self.tokens[rows].numel():  # an expert's tokens: they do not tell where they came from
+                    if valid is not None:
+                        stats[name].note("padding not excluded", "the tokens of a routed expert do not tell which are padding")
+                    return stats[name].add(x)
+                other, wanted = theirs.get(name, (None, None))
+                missing = None if residual is None else wanted.float() - residual.float()
+                for key, weight in zip(keys, ways, strict=True):
                     pieces = [None if t is None else t.reshape(len(x), -1) for t in (x, other, missing, weight)]
-                    site.add(*(t if t is None or valid is None else t[valid] for t in pieces))
+                    stats[key].add(*(t if t is None or valid is None else t[valid] for t in pieces))
 
             self._visit(block, sites, reader, i, rows, keep, add)
             if routed:  # as many tokens as each expert got: no two pieces have the same size, and glibc finds no use for the holes that they leave
