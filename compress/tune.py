@@ -69,9 +69,11 @@ def tune_block(options: Tune, block: nn.Module, twin: nn.Module, stream: Stream,
             error = error * stream.mask[rows].to(error)
         return error.mean()
 
+    near = {} if options.perturbation is None else {path: get_weight(twin.get_submodule(path)) for path in values}
+
     def penalty() -> Tensor | float:
         """Σ_W max(0, ‖Ŵ−W‖_∞ − ε)²: with a hinge, since the published (‖Ŵ−W‖_∞ − ε)² would also push apart what is near."""
-        return sum(((v.matrix() - get_weight(twin.get_submodule(path))).abs().max() - options.perturbation).clamp(min=0).square() for path, v in values.items())
+        return sum(((v.matrix() - near[path]).abs().max() - options.perturbation).clamp(min=0).square() for path, v in values.items())
 
     def judged() -> float:
         with torch.no_grad():
