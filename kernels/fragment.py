@@ -23,7 +23,7 @@ from ..formats import Format
 from . import fragment_layout as layout
 from . import ops, prefill, unpack
 from .fragment_weight import Prepared, prepare, supports
-from .unpack import joined, mul, pairs, spread, tables, twice
+from .unpack import copied, joined, mul, pairs, tables
 
 __all__ = ["Config", "Prepared", "matmul", "prepare", "rule", "supports", "variants"]
 ROWS = 256  # of x
@@ -102,19 +102,19 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
                         part -= tl.load(z + g + n)[:, None] * total[None, :]
                 if SCALE == "weight":
                     s0, s1 = tl.load(s + g + n0).to(tl.int16, bitcast=True)[:, None], tl.load(s + g + n0 + 8).to(tl.int16, bitcast=True)[:, None]
-                    s0, s1 = twice(s0.to(tl.int32), 0, ASM), twice(s1.to(tl.int32), 0, ASM)
+                    s0, s1 = copied(s0.to(tl.int32), 0, 16, ASM), copied(s1.to(tl.int32), 0, 16, ASM)
                 if z is not None and sums is None and SCALE != "fine":
                     both = tl.load(z + g // 2 + block * (BN // 2) + r)[:, None]
-                    z0, z1 = twice(both, 0, ASM), twice(both, 1, ASM)
+                    z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
             if SCALE == "fine":
                 both = tl.load(s + fine + unit * 32)
-                s0, s1 = twice(both, 0, ASM), twice(both, 1, ASM)
+                s0, s1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
                 if z is not None:
                     both = tl.load(z + fine + unit * 32)
-                    z0, z1 = twice(both, 0, ASM), twice(both, 1, ASM)
+                    z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
             if SCALE == "byte":
                 both = tl.load(s + fine + unit * 32).to(tl.int32)
-                s0, s1 = spread(both, 0, ASM) * BYTE_MUL + BYTE_ADD, spread(both, 1, ASM) * BYTE_MUL + BYTE_ADD
+                s0, s1 = copied(both, 0, 8, ASM) * BYTE_MUL + BYTE_ADD, copied(both, 1, 8, ASM) * BYTE_MUL + BYTE_ADD
             p00, p01, p10, p11 = pairs(w0, w1, w2, table, z0, z1, j % UNITS, KIND, ASM)
             if SCALE == "weight" or SCALE == "fine" or SCALE == "byte":
                 p00, p01, p10, p11 = mul(p00, s0, ASM), mul(p01, s0, ASM), mul(p10, s1, ASM), mul(p11, s1, ASM)

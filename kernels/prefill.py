@@ -15,7 +15,7 @@ from torch import Tensor
 from . import fragment_layout as layout
 from . import unpack
 from .fragment_weight import Prepared
-from .unpack import high, joined, low, pairs, rounded, spread, tables, twice
+from .unpack import copied, high, joined, low, pairs, rounded, tables
 
 CHUNK = 12 * 2**20  # bf16 weights, 24 MB
 
@@ -51,7 +51,7 @@ def _dequantize(out, w, s, z, t, row, first, last, K, stride, padded, tiles, ent
             s0, s1 = low(tl.load(s + fine)), high(tl.load(s + fine))
         if SCALE == "byte":
             both = tl.load(s + fine).to(tl.int32)
-            s0, s1 = low(spread(both, 0, ASM) * BYTE_MUL + BYTE_ADD), low(spread(both, 1, ASM) * BYTE_MUL + BYTE_ADD)
+            s0, s1 = low(copied(both, 0, 8, ASM) * BYTE_MUL + BYTE_ADD), low(copied(both, 1, 8, ASM) * BYTE_MUL + BYTE_ADD)
         if row is not None:
             row0, row1 = tl.load(row + n0)[:, None], tl.load(row + n0 + 8)[:, None]
         if CORRECTED:
@@ -61,7 +61,7 @@ def _dequantize(out, w, s, z, t, row, first, last, K, stride, padded, tiles, ent
             z1 = z0
         else:
             both = tl.load(z + fine) if SCALE == "fine" else tl.load(z + g // 2 + (first + rows) // 2 + r)[:, None]
-            z0, z1 = twice(both, 0, ASM), twice(both, 1, ASM)
+            z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
         p00, p01, p10, p11 = pairs(w0, w1, w2, table, z0, z1, u, KIND, ASM)
         v = (_scaled(p00, f0, s0, row0, ASM), _scaled(p01, f0, s0, row0, ASM), _scaled(p10, f1, s1, row1, ASM), _scaled(p11, f1, s1, row1, ASM))
         column = unit * 64 + k

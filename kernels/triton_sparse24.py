@@ -20,6 +20,7 @@ from torch import Tensor
 from ..formats import Dense, Format, IntGroup, Sparse24
 from ..formats.packing import unpack_rows
 from . import ops, tiles
+from .unpack import and_or, sub
 
 COLUMNS = 256  # of a K tile: 16 bytes a thread of patterns
 PATTERNS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
@@ -52,8 +53,7 @@ def _spread(patterns, v0, v1, v2, v3, DTYPE: tl.constexpr):
 @triton.jit
 def _integers(word, zero):
     """Nibbles at bits 0 and 16 to bf16 pairs q − z: 128 + q by its bits, minus 128 + z."""
-    return tl.inline_asm_elementwise("{ .reg .b32 t; lop3.b32 t, $1, 0x000F000F, 0x43004300, 0xEA; sub.bf16x2 $0, t, $2; }", "=r,r,r", [word, zero],
-                                     dtype=tl.int32, is_pure=True, pack=1)  # fmt: skip
+    return sub(and_or(word, 0x000F000F, 0x43004300, True), zero, True)
 
 
 @triton.jit

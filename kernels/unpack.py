@@ -12,8 +12,9 @@ ASM=False writes the same in plain Triton, bit for bit: for the interpreter, and
 import triton
 import triton.language as tl
 
-INTERPRET = triton.knobs.runtime.interpret  # fixed when a kernel is decorated; the interpreter has no arithmetic on bf16 ...
-ASM = not INTERPRET  # ... and no inline PTX, which tests emulate
+from .tiles import INTERPRET, quad
+
+ASM = not INTERPRET  # the interpreter has no arithmetic on bf16, and no inline PTX, which tests emulate
 
 
 @triton.jit
@@ -63,23 +64,13 @@ def mul(a, b, ASM: tl.constexpr):
 
 
 @triton.jit
-def twice(w, HALF: tl.constexpr, ASM: tl.constexpr):
-    """One half of w in both."""
+def copied(w, I: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Byte or half I of w (BITS 8 or 16) in the low bits of both halves."""
     if ASM:
-        S: tl.constexpr = 0x1010 + 0x2222 * HALF
+        S: tl.constexpr = 0x1010 + 0x2222 * I if BITS == 16 else 0x4040 + 0x0101 * I
         return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [w, S], dtype=tl.int32, is_pure=True, pack=1)
     else:
-        return ((w >> 16 * HALF) & 0xFFFF) * 0x00010001
-
-
-@triton.jit
-def spread(w, BYTE: tl.constexpr, ASM: tl.constexpr):
-    """A byte of w in the low byte of both halves."""
-    if ASM:
-        S: tl.constexpr = 0x4040 + 0x0101 * BYTE
-        return tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [w, S], dtype=tl.int32, is_pure=True, pack=1)
-    else:
-        return ((w >> 8 * BYTE) & 255) * 0x00010001
+        return ((w >> BITS * I) & ((1 << BITS) - 1)) * 0x00010001
 
 
 @triton.jit
@@ -98,12 +89,7 @@ def joined(p, UNITS: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def unit(p, I: tl.constexpr):
-    return tl.join(tl.join(halves(p[I]), halves(p[I + 1])), tl.join(halves(p[I + 2]), halves(p[I + 3])))  # [BN/2, 16, e, k, h]
-
-
-@triton.jit
-def halves(p):
-    return tl.join((p & 0xFFFF).to(tl.int16).to(tl.bfloat16, bitcast=True), (p >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True))
+    return quad(p[I], p[I + 1], p[I + 2], p[I + 3], tl.bfloat16)  # [BN/2, 16, e, k, h]
 
 
 @triton.jit
