@@ -58,6 +58,7 @@ from .linear import CompressedLinear
 from .omit import offered, priced
 from .preflight import EVAL_TOKENS, SCHEDULE_WINDOWS, Plan
 from .report import Page, make_page
+from .restorative import restored
 from .schedule import scheduled
 from .skeleton import KEY
 from .stream import Stream
@@ -121,7 +122,8 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     dtype: what the blocks compute in (auto: the checkpoint's own where the device is fast at it, else float32). strict: any fallback raises.
     uniform: what structural steps leave must be a plain Hugging Face model, so layers lose the same share; refused where it cannot be one.
     An interrupted run is continued by the same call; a folder that holds another run is refused unless overwrite=True.
-    A recipe with `heal:` makes the artifact in OUTPUT.unhealed and heals it into OUTPUT, on the same text.
+    A recipe with `heal:` makes the artifact in OUTPUT.unhealed and heals it into OUTPUT, on the same text; one with `restore:` makes OUTPUT.first and
+    OUTPUT.restored on the way.
     Raises CompressError, one line with a way out, on bad input.
     """
     started = time.perf_counter()
@@ -134,6 +136,14 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
                     strict=strict, overwrite=overwrite, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
     device, folder = _device(device), Path(output)
     whole = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
+    if chosen.restore:
+        first = run(model, chosen.model_copy(update={"restore": None}), calibration, f"{folder}.first", samples=samples, seqlen=seqlen, seed=seed,
+                    pack=pack, chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
+                    trust_remote_code=trust_remote_code, show=show)  # fmt: skip
+        terms = replace(chosen.restore, train="lora", merge=False, scale_lr=0.0)
+        won = heal(first.path, model, calibration, f"{folder}.restored", options=terms, seed=seed, pack=pack, chat_template=chat_template, device=device,
+                   dtype=dtype, strict=strict, overwrite=overwrite, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
+        whole = restored(whole, ArtifactCheckpoint(Path(won.path), won.manifest, trust_remote_code))
     source = chosen.viewed(_uniform(uniform, chosen.guessed(whole)))
     measure = partial(preflight.make, samples=samples, seqlen=seqlen, timed=False)
     planned = measure(source, chosen)  # refuses bad group sizes before anything is written

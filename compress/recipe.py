@@ -75,6 +75,7 @@ class Recipe(BaseModel):
     distill: Distill | None = None  # at the end, train scales, norms and rounding of the whole model on the KL divergence
     generated: int = Field(0, ge=0)  # windows of text that the model writes itself, added to the calibration text
     schedule: Schedule | None = None  # layers give up more or less than each step says, together the same
+    restore: Heal | None = None  # before all that, give the weights what low-rank terms win over a first result, and start again (restorative.py)
     heal: Heal | None = None  # after all that, train adapters or scales of the finished artifact on the divergence from the original
     true_sequential: bool = True  # within a block, later sites see the compressed earlier ones (more passes, better fit)
     views: tuple[Named, ...] = ()  # exact rewritings of the model, applied in this order as its tensors are read
@@ -107,6 +108,9 @@ class Recipe(BaseModel):
             raise CompressError(f"recipe {self.name}: {'transforms' if self.transforms else 'distill'} needs the whole model; leave out structure, or it")
         if self.distill and (self.views or self.blocks or self.transforms):
             raise CompressError(f"recipe {self.name}: distill trains the model in its own basis; leave out views, blocks and transforms, or distill")
+        if self.restore and (self.views or self.blocks or self.transforms or self.structure or self.distill):
+            raise CompressError(f"recipe {self.name}: restore changes the original's own weights; leave out "
+                                "views, blocks, transforms, structure and distill, or it")
         self.identity()
         return self
 
@@ -136,7 +140,7 @@ class Recipe(BaseModel):
                     raise CompressError(f"--set {key}: unknown recipe option{nearest(option, known)}; method options are METHOD.OPTION")
                 data[option] = value
                 continue
-            if method in ("tune", "distill", "schedule", "heal"):
+            if method in ("tune", "distill", "schedule", "restore", "heal"):
                 data[method] = (data[method] or {}) | {option: value}
                 continue
             if method in STRUCTURE and any(method == e or method in e for e in data["structure"]):
@@ -233,7 +237,8 @@ def about(recipe: Recipe) -> dict[str, Any]:
     built = [step.build() for step in recipe.steps]
     needs = frozenset[str]().union(*(method.needs for method in built))
     gradients = "guidance" in needs or (recipe.schedule is not None and recipe.schedule.by == "gradient")
-    asks = ((recipe.distill, "text; gradients of the whole model, in memory"), (recipe.heal, "text; trains the whole model at the end"),
+    asks = ((recipe.distill, "text; gradients of the whole model, in memory"), (recipe.restore, "text; compresses twice, trains the whole model between"),
+            (recipe.heal, "text; trains the whole model at the end"),
             (gradients, "text; gradients of the whole model, a block at a time"), (recipe.tune, "text; trains each block"),
             (any(step.needs_text for step in recipe.structural()), "text, through the model as often as choices are compared"),
             ("cross" in needs, "text, twice through the model"), (needs or recipe.blocks or recipe.transforms, "text, once through the model"),

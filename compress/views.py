@@ -62,7 +62,7 @@ class FoldNorms:
                 _fold(source, edits, norm, readers)
         if not edits:
             raise CompressError(f"{source.name}: fold_norms: no norm of a {source.config.model_type} block feeds linears and nothing else; leave it out")
-        return _edited(source, edits)
+        return edited(source, edits)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Rotate:
                     turn = _by_head(dim, hadamard.signs(dim, self.seed + 1 + i))
                     for name, axis in ((v.weight, _outputs(v)), (v.bias, -1), (o.weight, o.axis)):
                         _add(edits, name, _along(axis, turn))
-        view = _edited(source, edits)
+        view = edited(source, edits)
         if self.heads and not all(block.heads for block in blocks):
             view.notes = [*view.notes, {"what": "heads not rotated", "where": source.blocks_path, "count": 1,
                                         "detail": f"{source.config.model_type} has no v_proj of its own"}]  # fmt: skip
@@ -280,7 +280,8 @@ def _add(edits: dict[str, Edit], name: str | None, edit: Edit) -> None:
         edits[name] = edit if before is None else lambda t: edit(before(t))
 
 
-def _edited(source: Checkpoint, edits: dict[str, Edit]) -> Checkpoint:
+def edited(source: Checkpoint, edits: dict[str, Edit]) -> Checkpoint:
+    """`source` whose tensors go through these edits as they are read, after those that it has."""
     view = copy.copy(source)
     view.edits = dict(source.edits)
     for name, edit in edits.items():

@@ -23,6 +23,8 @@ from compress.healing.losses import LEAST, distance, divergence, likeliest, rela
 from compress.healing.options import Heal
 from compress.healing.teacher import matched
 from compress.methods import RTN
+from compress.restorative import restored
+from compress.verification import ArtifactCheckpoint
 
 RANDOM = lambda *shape, seed=0: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 KEEP = (RANDOM(24, 16, 4, seed=5).argsort(-1) < 2).view(24, 64)  # 2 of every 4
@@ -305,6 +307,41 @@ def test_one_command_for_a_recipe_that_heals(tmp_path):
     before, after = report.manifest.training["healing"]
     assert after < before and report.manifest.run["recipe"]["name"] == "rtn2-heal" and report.manifest.run["heal"]["options"]["rank"] == 4
     assert compress.inspect(str(tmp_path / "a.unhealed")).training == {}
+
+
+ONE_BIT = {"name": "one", "steps": [{"method": "rtn", "bits": 2, "group_size": 64}]}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_restored_weights_are_the_original_ones_plus_what_healing_added(name, tmp_path):
+    tiny.save_tiny(name, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(Path(os.__file__).read_text())
+    model, text = str(tmp_path / "model"), f"file:{tmp_path / 'text.txt'}"
+    compress.run(model, ONE_BIT | {"steps": [{"method": "rtn", "bits": 2, "group_size": 32}]}, text, tmp_path / "q", samples=8, seqlen=32, **QUIET)
+    options = SMALL | {"seqlen": 32, "merge": False, "lr": 0.02, "scale_lr": 0.0}
+    report = compress.heal(str(tmp_path / "q"), model, text, tmp_path / "h", options=options, **QUIET)
+    before, healed = (ArtifactCheckpoint(tmp_path / out, compress.inspect(str(tmp_path / out))) for out in "qh")
+    source, q, h = Checkpoint(model), before.load_block(0), healed.load_block(0)
+    view = restored(source, healed)
+    paths = [path for path, m in h.named_modules() if hasattr(m, "format")]
+    assert paths and report.fallbacks == []
+    for path in paths:
+        added = h.get_submodule(path).format.dequantize() - q.get_submodule(path).format.dequantize()
+        W, V = (c.tensor(f"{source.block_name(0)}.{path}.weight").float() for c in (source, view))
+        assert added.norm() > 0
+        torch.testing.assert_close(V, W + (added if name == "llama" else added.T), rtol=1e-4, atol=1e-6)
+
+
+def test_one_command_restores_and_compresses_again(tmp_path):
+    recipe = ONE_BIT | {"restore": SMALL | {"steps": 20}}
+    go = lambda r, out, **settings: compress.run(model_path(), r, "stdlib", tmp_path / out, samples=40, seqlen=64, settings=settings, **QUIET)
+    bare, same, other = go(ONE_BIT, "bare"), go(recipe, "same", **{"restore.steps": 0}), go(recipe, "other")
+    tensors = lambda r: {n: t.sha256 for n, t in r.manifest.tensors.items()}
+    assert tensors(same) == tensors(bare) and [f.what for f in same.fallbacks] == ["nothing restored"]
+    assert tensors(other) != tensors(bare) and other.fallbacks == [] and other.manifest.totals["bytes"] == bare.manifest.totals["bytes"]
+    assert compress.verify(str(tmp_path / "other")).ok and go(recipe, "other").resumed_layers == len(other.manifest.layers)
+    with pytest.raises(CompressError, match="recipe one: restore changes the original's own weights; leave out views"):
+        go(recipe | {"views": ["fold_norms"]}, "refused")
 
 
 @pytest.mark.parametrize("name", ["drop-25-heal", "width-20-heal", "slice-25-heal", "drop-25-w4-heal"])

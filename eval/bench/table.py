@@ -4,7 +4,8 @@
         --evaluation ../shared/yardstick/wikitext2-test.txt ../shared/yardstick/ptb-test.txt --recipes w4-gptq w4-balanced w4-rtn:rtn.bits=3
 
 Every recipe runs in a fresh process, as a user would type it; options follow its name after a colon. Rows are printed, and added to `--markdown FILE`,
-as soon as they are there.
+as soon as they are there. Processor seconds are those of the whole process, imports and all threads: other jobs on the machine
+change them little.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -25,19 +27,26 @@ def spec(text: str) -> str:
     return f"file:{text}" if Path(text).is_file() else text
 
 
+def processor_seconds() -> float:
+    """What the child processes that have ended took, user and system."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def row(recipe: str, a: argparse.Namespace, folder: Path) -> str:
     name, *settings = re.split(r":(?=[\w-]+\.\w)", recipe)  # not in NAME:admm.pattern=2:4
     out, report = folder / recipe.replace("/", "-"), folder / "report.json"
     options = ["--samples", str(a.samples), "--seqlen", str(a.seqlen), "--json", str(report), *(f"--set={s}" for s in settings)]
+    before = processor_seconds()
     subprocess.run([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", spec(a.calibration), *options],
                    check=True, capture_output=True)  # fmt: skip
-    made = json.loads(report.read_text())
+    took, made = processor_seconds() - before, json.loads(report.read_text())
     cells = [f"`{recipe}`"]
     for text, windows in zip(a.evaluation, a.windows, strict=True):
         e = compress.evaluate(str(out), a.model, spec(text), samples=windows, seqlen=a.seqlen, show=False)
         cells.append(f"{e['perplexity']['token']:.3f} · {e['kl']['mean']:.5f} ± {e['kl']['stderr']:.5f} · {e['top1']['agreement']:.4f}")
     cells[1:1] = [f"{e['bits_per_weight']['linear']:.2f}"]
-    return "| " + " | ".join([*cells, f"{made['seconds']:.0f}", f"{made['peak_rss'] / 1e6:.0f}"]) + " |"
+    return "| " + " | ".join([*cells, f"{made['seconds']:.0f}", f"{took:.0f}", f"{made['peak_rss'] / 1e6:.0f}"]) + " |"
 
 
 def main() -> None:
@@ -52,7 +61,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     a = parser.parse_args()
     texts = [f"{Path(t).stem}, {n} windows: perplexity · KL · top-1" for t, n in zip(a.evaluation, a.windows, strict=True)]
-    lines = ["| recipe | bits | " + " | ".join(texts) + " | seconds | peak RSS, MB |", "|---" * (len(texts) + 4) + "|"]
+    lines = ["| recipe | bits | " + " | ".join(texts) + " | seconds | processor seconds | peak RSS, MB |", "|---" * (len(texts) + 5) + "|"]
     with tempfile.TemporaryDirectory() as folder:
         for line in chain(lines, (row(recipe, a, Path(folder)) for recipe in a.recipes)):  # lazily: a row is kept as soon as it is there
             print(line, flush=True)
