@@ -215,6 +215,27 @@ def test_elimination_keeps_what_the_metric_misses(tmp_path):
         run(tmp_path / "model", [{"drop": {"blocks": [7]}}], tmp_path / "no")
 
 
+def test_elimination_descends_to_heads_and_neurons(tmp_path):
+    model = save_tiny("llama", tmp_path / "model", dtype=torch.float32)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[0].mlp
+    dim, width = attention.head_dim, mlp.down_proj.in_features
+    per = attention.o_proj.in_features // dim // 2  # query heads of a key-value group
+    attention.o_proj.weight.data[:, per * dim :] = 0
+    idle = torch.randperm(width, generator=torch.Generator().manual_seed(0))[: width // 4].sort().values
+    mlp.down_proj.weight.data[:, idle] = 0
+    model.save_pretrained(tmp_path / "model")
+    whole = logits(model)
+    structure = eliminate(model, lambda m: float((logits(m) - whole).square().mean()), 1e-12)
+    cut = structure[0]["width"]["cut"]
+    assert len(structure) == 1 and [c.partition(" ")[0] for c in cut] == ["1.heads", "0.mlp"]
+    assert numbers(cut[0].partition(" ")[2]) == list(range(per, 2 * per)) and numbers(cut[1].partition(" ")[2]) == idle.tolist()
+    run(tmp_path / "model", structure, tmp_path / "out")
+    assert close(logits(compress.load(str(tmp_path / "out"))), whole)
+    for bad in ("3.mlp 1", "0.mlp", "0.experts 1", f"0.mlp 0-{width - 1}", f"0.mlp {width}", "1.heads 0"):
+        with pytest.raises(CompressError, match=r"width\.cut: "):
+            run(tmp_path / "model", [{"width": {"cut": [bad]}}], tmp_path / "no")
+
+
 # ---- width
 
 
