@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arch import find_blocks, table_entry
+from ..arch import Arch, find_blocks, table_entry
 from ..linear import get_weight
 from ..skeleton import Heads, heads, neurons
 from .smaller import spans
@@ -45,7 +45,7 @@ def eliminate(model: nn.Module, metric: Callable[[nn.Module], float], tolerance:
         handles.pop().remove()
         return True
 
-    def parts(i: int, what: str) -> None:
+    def parts(arch: Arch, i: int, what: str) -> None:
         """Groups of the attention or chunks of the MLP of block i, but not all of them: it was missed."""
         unit, kind = (heads(arch, blocks[i]), "heads") if what == "attention" else (neurons(arch, blocks[i]), "mlp")
         if unit is None or (kind == "heads" and arch.fixed_heads):
@@ -73,8 +73,8 @@ def eliminate(model: nn.Module, metric: Callable[[nn.Module], float], tolerance:
             for what, child in _sublayers(arch, blocks[i]).items():
                 if not missed(child.register_forward_hook(_silent, with_kwargs=True)):
                     gone[what].append(i)
-                elif chunks:
-                    parts(i, what)
+                elif arch and chunks:
+                    parts(arch, i, what)
     finally:
         for handle in handles:
             handle.remove()
