@@ -55,10 +55,10 @@ def eliminate(model: nn.Module, metric: Callable[[nn.Module], float], tolerance:
             pieces = list(torch.arange(unit.heads).view(unit.groups, -1))
         else:
             pieces = list(get_weight(reader).float().norm(dim=0).cpu().argsort().split(-(-unit.width // chunks)))
-        for piece in pieces[: len(pieces) if isinstance(unit, Heads) else -1]:
+        for piece in pieces:
             columns = unit.columns(piece) if isinstance(unit, Heads) else piece
             if len(gone) + len(piece) == sum(map(len, pieces)):
-                break
+                break  # all of it was missed
             if not missed(reader.register_forward_pre_hook(lambda module, args, columns=columns: (args[0].index_fill(-1, columns.to(args[0].device), 0),))):
                 gone += piece.tolist()
             elif kind == "mlp":
