@@ -1,6 +1,9 @@
 """Heal: give a compressed model back what it has lost, by training a few numbers of it against the original on text.
 
-    minimise  mean_t [ KL(p_original ‖ p) + λ_h ‖h − h_original‖²/‖h_original‖² + λ_r KL(relations) ]     over low-rank adapters (or scales) and norms
+    minimise  mean_t [ KL(p_original ‖ p) + λ ‖h − h_original‖²/‖h_original‖² + λ_r KL(relations) ]     over all weights, low-rank adapters or scales; and norms
+
+h is what the head reads. A KL tells how wrong a token's prediction is in the few directions that it depends on; the state tells it in all of them, without
+the noise of which token came: with it 60 steps win back half as much again on a model that lost a fifth of its neurons.
 
 Calibration solves each layer once for a few windows; here the layers answer to each other, over as many tokens as one likes. What an adapter becomes at
 the end depends on the format (healing/adapters.py): merged where it costs nothing, kept as a low-rank term over integers. The original is read
@@ -36,7 +39,7 @@ from .checkpoint import Checkpoint
 from .errors import CompressError
 from .formats import Dense, Format, Sum
 from .healing.adapters import Frozen
-from .healing.losses import distance, divergence, relation
+from .healing.losses import distance, divergence, relation, translation
 from .healing.options import Heal
 from .healing.student import Student, shard_of
 from .healing.teacher import Lessons, matched, remember
@@ -72,12 +75,14 @@ def heal(options: Heal, source: Checkpoint, teacher: Checkpoint, data: Calibrati
             lessons = Lessons(str(book), windows, max(1, TEACHER_TOKENS // data.tokens.shape[1]))
             if writer:
                 with closing(Writer(book, answers, overwrite=overwrite)) as notebook:
-                    remember(teacher, notebook, lessons, data, top_k=options.top_k, layers=[t for _, t in pairs], relation=options.relation > 0,
-                             device=device)  # fmt: skip
+                    remember(teacher, notebook, lessons, data, top_k=options.top_k, layers=[t for _, t in pairs], states=options.states > 0,
+                             relation=options.relation > 0, device=device)  # fmt: skip
             processes.wait_for_everyone()
             student = Student(options, source, device, seed, [key.removeprefix("relation.") for key in lessons([0], "cpu") if key.startswith("relation.")],
                               teacher)  # fmt: skip
-            formats, training, notes = _train(options, student, lessons, data, pairs, judges, folder, writer, processes, seed=seed, show=show)
+            heads = (m.get_output_embeddings().weight for m in (student.model, teacher.load_outer(device, embeddings=False)) if options.states)
+            turn = translation(*heads) if options.states else None
+            formats, training, notes = _train(options, student, lessons, data, pairs, turn, judges, folder, writer, processes, seed=seed, show=show)
             if writer:
                 strictly(strict, data.fallbacks + notes)
                 _write(source, student, formats, writer, training, data.fallbacks + notes, data, seed)
@@ -96,7 +101,8 @@ def _identity(options: Heal, source: Checkpoint, asked: dict[str, Any], device: 
     here = {"dtype": str(source.dtype)[6:], "device": torch.device(device).type, "compress": __version__}
     how = {key: value for key, value in asdict(options).items() if key not in ("checkpointing", "bounded")}  # these two change no result
     of = file_sha256(source.path / MANIFEST) if made else None
-    answers = asked | here | {key: how[key] for key in ("top_k", "hidden", "relation", "layers")} | {"of": of if options.hidden else None}
+    answers = asked | here | {key: how[key] for key in ("top_k", "hidden", "relation", "layers")}
+    answers |= {"states": options.states > 0, "of": of if options.hidden else None}
     recipe = run["recipe"] | {"name": f"{name}-heal"}
     return run | here | {"recipe": recipe, "heal": asked | {"options": how, "seed": seed, "of": of}}, answers
 
@@ -108,8 +114,8 @@ def _pairs(options: Heal, source: Checkpoint, teacher: Checkpoint, tokens: Tenso
     return [(s, match[s]) for s in (round((k + 1) * len(match) / count) - 1 for k in range(count))]
 
 
-def _train(options: Heal, student: Student, lessons: Lessons, data: CalibrationSet, pairs: list[tuple[int, int]], judges: int, folder: Path,
-           writer: Writer | None, processes: PartialState, *, seed: int, show: bool
+def _train(options: Heal, student: Student, lessons: Lessons, data: CalibrationSet, pairs: list[tuple[int, int]], turn: Tensor | None, judges: int,
+           folder: Path, writer: Writer | None, processes: PartialState, *, seed: int, show: bool
            ) -> tuple[dict[str, Format], dict[str, list[float]], list[dict]]:  # fmt: skip
     """The loop. Leaves the best student, finished; returns its formats (none where healing was undone), the curves, and what did not go as asked."""
     rank, world, windows = processes.process_index, processes.num_processes, len(data.tokens)
@@ -130,6 +136,8 @@ def _train(options: Heal, student: Student, lessons: Lessons, data: CalibrationS
         each = divergence(lesson["ids"], lesson["log_p"], student.logits(data.tokens[rows], mask))  # [b, t]
         if not judging:
             each = options.kl * each
+            if turn is not None:
+                each = each + options.states * distance(student.read["state"], lesson["state"].float() @ turn)
             for s, t in pairs:
                 each = each + options.hidden / len(pairs) * distance(student.seen[s], lesson[f"hidden.{t}"])
             for path, y in student.heard.items():

@@ -342,8 +342,11 @@ class Stream:
 
     # ---- behind the blocks
 
-    def tail(self) -> Callable[[Tensor], Tensor]:
-        """What the model does behind its last block (final norm, head, soft-capping): hidden states [b, seqlen, width] → logits [b, seqlen, vocab]."""
+    def tail(self, read: dict[str, Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+        """What the model does behind its last block (final norm, head, soft-capping): hidden states [b, seqlen, width] → logits [b, seqlen, vocab].
+
+        read: is given what the head read, as "state", by every call.
+        """
         outer = self.source.load_outer(self.device, embeddings=False)
         blocks = outer.get_submodule(self.source.blocks_path)
         last, width = len(blocks) - 1, outer.get_input_embeddings().weight.shape[1]
@@ -355,6 +358,9 @@ class Stream:
 
         for i, block in enumerate(list(blocks)):
             blocks[i] = StandIn(block, lambda args, kwargs, i=i: act(i, args, kwargs))
+
+        if read is not None:
+            outer.get_output_embeddings().register_forward_pre_hook(lambda module, args: read.update(state=args[0]))
 
         def run(hidden: Tensor) -> Tensor:
             state[:] = [hidden]

@@ -19,7 +19,7 @@ from compress.embedded import model_path
 from compress.errors import CompressError
 from compress.formats import Dense, Masked, Product, Scaled, Sparse24, Sum
 from compress.healing.adapters import LowRank, learner
-from compress.healing.losses import LEAST, distance, divergence, likeliest, relation
+from compress.healing.losses import LEAST, distance, divergence, likeliest, relation, translation
 from compress.healing.options import Heal
 from compress.healing.teacher import matched
 from compress.methods import RTN
@@ -187,6 +187,14 @@ def test_relation_against_a_loop_and_zero_for_itself():
     y.requires_grad_()
     relation(y, x, 2).sum().backward()
     assert torch.isfinite(y.grad).all()
+
+
+def test_what_another_head_has_to_read():
+    W, A = RANDOM(50, 8), torch.linalg.qr(RANDOM(8, 8, seed=1))[0][:, :5] * 3  # the stream turned, sliced and scaled
+    states = RANDOM(4, 5, seed=2)
+    torch.testing.assert_close(translation(W @ A, W), torch.linalg.pinv((W @ A).double()).matmul(W.double()).T.float())
+    torch.testing.assert_close((states @ A.T) @ translation(W @ A, W), states, rtol=1e-4, atol=1e-4)  # W A s = W t for t = A s
+    torch.testing.assert_close(translation(W, W), torch.eye(8), rtol=0, atol=1e-6)
 
 
 # ---- whole

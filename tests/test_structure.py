@@ -21,6 +21,7 @@ from compress.skeleton import KEY, heads, neurons
 from compress.stream import Stream
 from compress.structure.drop import Drop, fewer
 from compress.structure.eliminate import eliminate
+from compress.structure.merge import merges
 from compress.structure.program import Option, Program, best
 from compress.structure.refit import Refit
 from compress.structure.smaller import numbers, spans
@@ -192,8 +193,40 @@ def test_the_dynamic_programme_is_brute_force(tmp_path):
     report = run(tmp_path / "model", [{"program": {"budget": 0.7}}], tmp_path / "out")
     plan = report.manifest.structure[0]
     assert plan["cost"] <= 0.7 and plan["absent"] and generates_alike(compress.load(str(tmp_path / "out"))) and compress.verify(str(tmp_path / "out")).ok
-    whole = Program(budget=1.0).measure(Checkpoint(str(tmp_path / "model")), lambda m, windows: Stream(m, TOKENS.tokens))
+    whole = Program(budget=1.0, merge=False).measure(Checkpoint(str(tmp_path / "model")), lambda m, windows: Stream(m, TOKENS.tokens))
     assert whole["absent"] == [] and whole["reached"] == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_a_block_takes_over_what_is_linear_in_its_neurons(name, tmp_path):
+    """Against the least squares over all windows; and the programme takes it, for it costs what leaving out does."""
+    save_tiny(name, tmp_path / "model", dtype=torch.float32)
+    source = Checkpoint(str(tmp_path / "model"))
+    stream = Stream(source, TOKENS.tokens)
+    weights, states, names = merges(source, stream, 2)
+    assert set(states) == {(0, 2)} and stream.at == 0
+    block, other = source.load_block(0), source.load_block(1)
+    seen: list[torch.Tensor] = []
+    path = names[0].removeprefix(source.block_name(0) + ".").removesuffix(".weight")
+    linear = block.get_submodule(path)
+    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    stream.advance(block)
+    before = stream.hidden.clone()
+    stream.advance(other)
+    A, D = torch.cat(seen).double(), (stream.hidden - before).flatten(0, 1).double()
+    H = A.T @ A
+    change = torch.linalg.solve(H + 0.001 * H.diagonal().mean() * torch.eye(len(H), dtype=torch.float64), A.T @ D)  # [in, out]
+    W = linear.weight.detach() if isinstance(linear, Conv1D) else linear.weight.detach().T
+    found = weights["0-2"] if isinstance(linear, Conv1D) else weights["0-2"].T
+    torch.testing.assert_close(found - W, change.float(), rtol=1e-2, atol=1e-4 * float(change.abs().max()))
+    torch.testing.assert_close(states[0, 2].flatten(0, 1), before.flatten(0, 1) + (A @ change).float(), rtol=1e-3, atol=1e-3)
+    left = lambda h: float((h - stream.hidden).square().sum())
+    assert left(states[0, 2]) < 0.9 * left(before)
+    report = run(tmp_path / "model", [{"program": {"budget": 0.6}}], tmp_path / "out")
+    plan = report.manifest.structure[0]
+    assert plan["merged"] == {names[0]: "0-2"} and plan["absent"] == [[1, ""]] and report.manifest.plain
+    kept = compress.load(str(tmp_path / "out")).get_parameter(names[0])
+    torch.testing.assert_close(kept.float(), weights["0-2"], rtol=0.1, atol=0.02)  # it saw fewer windows
 
 
 def test_elimination_keeps_what_the_metric_misses(tmp_path):
@@ -213,6 +246,27 @@ def test_elimination_keeps_what_the_metric_misses(tmp_path):
     assert close(logits(compress.load(str(tmp_path / "out"))), whole)
     with pytest.raises(CompressError, match=r"drop\.blocks: 7 is no block"):
         run(tmp_path / "model", [{"drop": {"blocks": [7]}}], tmp_path / "no")
+
+
+def test_elimination_descends_to_heads_and_neurons(tmp_path):
+    model = save_tiny("llama", tmp_path / "model", dtype=torch.float32)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[0].mlp
+    dim, width = attention.head_dim, mlp.down_proj.in_features
+    per = attention.o_proj.in_features // dim // 2  # query heads of a key-value group
+    attention.o_proj.weight.data[:, per * dim :] = 0
+    idle = torch.randperm(width, generator=torch.Generator().manual_seed(0))[: width // 4].sort().values
+    mlp.down_proj.weight.data[:, idle] = 0
+    model.save_pretrained(tmp_path / "model")
+    whole = logits(model)
+    structure = eliminate(model, lambda m: float((logits(m) - whole).square().mean()), 1e-12)
+    cut = structure[0]["width"]["cut"]
+    assert len(structure) == 1 and [c.partition(" ")[0] for c in cut] == ["1.heads", "0.mlp"]
+    assert numbers(cut[0].partition(" ")[2]) == list(range(per, 2 * per)) and numbers(cut[1].partition(" ")[2]) == idle.tolist()
+    run(tmp_path / "model", structure, tmp_path / "out")
+    assert close(logits(compress.load(str(tmp_path / "out"))), whole)
+    for bad in ("3.mlp 1", "0.mlp", "0.experts 1", f"0.mlp 0-{width - 1}", f"0.mlp {width}", "1.heads 0"):
+        with pytest.raises(CompressError, match=r"width\.cut: "):
+            run(tmp_path / "model", [{"width": {"cut": [bad]}}], tmp_path / "no")
 
 
 # ---- width

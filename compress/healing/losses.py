@@ -1,7 +1,7 @@
 """Losses of healing, each one number a token, so that masks and batches of any shape weigh tokens alike.
 
     divergence   KL(p ‖ q) over the k likeliest tokens of the teacher and "any other" as one more:   Σ_k p log(p/q) + p_rest log(p_rest/q_rest)
-    distance     ‖h − h_teacher‖² / ‖h_teacher‖²: hidden states behind matched blocks
+    distance     ‖h − h_teacher‖² / ‖h_teacher‖²: hidden states behind matched blocks, and what the heads read
     relation     KL(softmax(X Xᵀ/√d) ‖ softmax(Y Yᵀ/√d)) a head, X of the teacher, Y of the student: queries, keys, values before their
                  rotation by position (MiniLM, arXiv 2002.10957 and 2012.15828)
 
@@ -36,9 +36,18 @@ def divergence(ids: Tensor, log_p: Tensor, logits: Tensor) -> Tensor:
 
 
 def distance(state: Tensor, wanted: Tensor) -> Tensor:
-    """Both [b, t, width] → [b, t], relative to the mean square of what is wanted."""
+    """Both [b, t, width] → [b, t], every token relative to what is wanted of it: some states are a hundred times as long as others."""
     wanted = wanted.float()
-    return (state.float() - wanted).square().mean(-1) / wanted.square().mean()
+    return (state.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp(min=LEAST)
+
+
+def translation(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Heads [vocab, width] of student and teacher → [teacher's width, student's]: from what the teacher's head reads to what the student's has to.
+
+    argmin_s ‖W_s s − W t‖ = (W_sᵀW_s)⁻¹ W_sᵀW t: the identity where the heads are the same, and exact where the stream was turned, scaled or sliced.
+    """
+    W = ours.detach().double()
+    return torch.linalg.solve(W.T @ W, W.T @ theirs.detach().double()).T.float()
 
 
 def relation(student: Tensor, teacher: Tensor, heads: int) -> Tensor:

@@ -27,6 +27,7 @@ class Heal:
     batch: int = 8  # windows of an optimizer step, all processes together
     micro: int = 2  # windows of one forward and backward; the gradients of a step's are accumulated
     kl: float = 1.0  # weight of the divergence from the original's predictions
+    states: float = 10.0  # weight of the distance between what the heads read: every number of a token's last state, where predictions show but a few
     hidden: float = 0.0  # weight of the distance between hidden states
     relation: float = 0.0  # weight of the attention relations of the last block (MiniLM)
     top_k: int = 64  # likeliest tokens of the original that are kept; all others count as one
@@ -40,7 +41,7 @@ class Heal:
     bounded: bool = False  # keep no dense copy of frozen weights and no scales that learn (QLoRA's memory), dequantize at every use
 
     def __post_init__(self):
-        low = {"steps": 0, "warmup": 0, "lr": 0, "weight_lr": 0, "scale_lr": 0, "hidden": 0, "relation": 0, "seqlen": 2, "samples": 2,
+        low = {"steps": 0, "warmup": 0, "lr": 0, "weight_lr": 0, "scale_lr": 0, "states": 0, "hidden": 0, "relation": 0, "seqlen": 2, "samples": 2,
                "rank": 1, "batch": 1, "micro": 1, "top_k": 1, "layers": 1, "heads": 1, "every": 1}  # fmt: skip
         bad = [f"{name} {getattr(self, name)} is below {least}" for name, least in low.items() if getattr(self, name) < least]
         bad += [f"{name} {value} lies outside 0 ... 1" for name, value in (("held_out", self.held_out),) if not 0 < value < 1]

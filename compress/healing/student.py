@@ -102,6 +102,8 @@ class Student:
         self.adapters = {name: p for p, name in learning.items()}  # each once, by the last of the names it has
         self.masters: dict[str, Tensor] = {**self.adapters, **{name: v.clone() for name, v in self.first.items()}}
         self.seen: dict[int, Tensor] = {}  # block → its output in the last forward
+        self.read: dict[str, Tensor] = {}  # "state": what the head read in the last forward
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: self.read.update(state=args[0]))
         self.heard: dict[str, Tensor] = {}  # linear of the last attention → its output
         for path in hear:
             try:

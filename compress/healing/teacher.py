@@ -1,9 +1,10 @@
 """Teacher: what the original says of every training token, asked once, block by block, and kept on disk.
 
-    for each block { load → all windows through it → keep hidden states where a loss wants them };   head → the k likeliest tokens and their log-probabilities
+    for each block { load → all windows through it → keep hidden states where a loss wants them };   head → what it reads, the k likeliest tokens, their log p
 
-So teacher and student are never in memory together, and an epoch costs no forward of the teacher: k = 64 takes 384 bytes a token. The folder is a
-Writer's like that of an artifact: a shard a batch of windows, committed by one rename, hashed, refused where it belongs to another teacher or other data.
+So teacher and student are never in memory together, and an epoch costs no forward of the teacher: k = 64 takes 384 bytes a token, what the head reads
+2·width. The folder is a Writer's like that of an artifact: a shard a batch of windows, committed by one rename, hashed, refused where it belongs to
+another teacher or other data.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ class Lessons:
         return {key: torch.cat(pieces).to(device) for key, pieces in read.items()}
 
 
-def remember(teacher: Checkpoint, writer: Writer, lessons: Lessons, data: CalibrationSet, *, top_k: int, layers: list[int], relation: bool,
-             device: str) -> None:  # fmt: skip
-    """Fill the writer's folder. `layers`: blocks whose output is kept; relation: also what the last block's attention makes of its input."""
+def remember(teacher: Checkpoint, writer: Writer, lessons: Lessons, data: CalibrationSet, *, top_k: int, layers: list[int], states: bool,
+             relation: bool, device: str) -> None:  # fmt: skip
+    """Fill the writer's folder. `layers`: blocks whose output is kept; states: also what the head reads; relation: also what the last block's attention
+    makes of its input."""
     missing = {shard for shard in lessons.shards if writer.header(shard) is None}
     if not missing:
         return
@@ -65,10 +67,14 @@ def remember(teacher: Checkpoint, writer: Writer, lessons: Lessons, data: Calibr
         if i in layers:
             kept[f"hidden.{i}"] = allocate(tuple(stream.hidden.shape), stream.hidden.dtype, writer.folder.parent).copy_(stream.hidden)
     kept |= {key: torch.cat(pieces) for key, pieces in heard.items()}
-    for shard, rows, logits in zip(lessons.shards, stream.batches(), stream.logits(), strict=True):
+    read: dict[str, Tensor] = {}
+    tail = stream.tail(read)
+    for shard, rows in zip(lessons.shards, stream.batches(), strict=True):
         if shard in missing:
-            ids, log_p = likeliest(logits, top_k)
-            writer.commit(shard, {"ids": ids, "log_p": log_p} | {key: t[rows].contiguous() for key, t in kept.items()}, {}, [])
+            with torch.no_grad():
+                ids, log_p = likeliest(tail(stream.hidden[rows].to(device)), top_k)
+            here = {"ids": ids, "log_p": log_p} | ({"state": read["state"].contiguous()} if states else {})
+            writer.commit(shard, here | {key: t[rows].contiguous() for key, t in kept.items()}, {}, [])
 
 
 def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: str) -> list[int]:

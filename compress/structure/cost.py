@@ -9,8 +9,9 @@ A unit (a neuron, a key-value group) costs its share of the sublayer that it is 
 
 from __future__ import annotations
 
-import time
-from statistics import median
+import copy
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,13 @@ from torch.utils._pytree import tree_map
 
 from ..arch import table_entry
 from ..checkpoint import Checkpoint
+from ..kernels.tune import race
 from ..skeleton import Heads, Neurons, heads, neurons
 from ..stream import StandIn, Stream
 from .drop import sublayer
 
 Cost = Literal["parameters", "flops", "bytes", "latency"]
+SECONDS = 0.1  # of a race for each run in it, at least five turns
 CONTEXT = 1024  # tokens that attention looks back on, where FLOPs are counted
 
 
@@ -49,12 +52,16 @@ def units(source: Checkpoint, i: int, cost: Cost, stream: Stream | None = None) 
     arch, block = table_entry(source.model), source.model.get_submodule(source.block_name(i))
     assert arch is not None
     parts = {"mlp": neurons(arch, block), "attention": heads(arch, block)}
-    real = source.load_block(i, stream.device) if cost == "latency" and stream is not None else None
-    found = {"": count(source, i, [block], cost) + scores(source, i, cost) if real is None or stream is None else seconds(stream, i, real, None)}
+    timed = None
+    if cost == "latency" and stream is not None:
+        children = {what: sublayer(source, i, what) for what, c in parts.items() if c is not None and (what == "mlp" or not arch.fixed_heads)}
+        times = seconds(stream, i, source.load_block(i, stream.device), children.values())
+        timed = {what: max(0.0, times[""] - times[child]) for what, child in children.items()}
+    found = {"": count(source, i, [block], cost) + scores(source, i, cost) if timed is None else times[""]}
 
     def of(what: str) -> float:
-        if real is not None and stream is not None:
-            return max(0.0, found[""] - seconds(stream, i, real, sublayer(source, i, what)))
+        if timed is not None:
+            return timed[what]
         c = parts[what]
         assert c is not None
         return count(source, i, [block.get_submodule(path) for path in (c.reader, *c.makers)], cost) + (scores(source, i, cost) if what == "attention" else 0)
@@ -68,10 +75,11 @@ def units(source: Checkpoint, i: int, cost: Cost, stream: Stream | None = None) 
 
 def sublayers(source: Checkpoint, i: int, cost: Cost, stream: Stream) -> dict[str, float]:
     """{child: what it costs} for attention and MLP of block i; "" is what belongs to neither. stream: in front of block i; it stays there."""
-    children, real = [sublayer(source, i, what) for what in ("attention", "mlp")], source.load_block(i, stream.device)
+    children = [sublayer(source, i, what) for what in ("attention", "mlp")]
     if cost == "latency":
-        whole, *rest = (seconds(stream, i, real, child) for child in (None, *children))
-        found = {child: max(0.0, whole - left) for child, left in zip(children, rest, strict=True)}
+        times = seconds(stream, i, source.load_block(i, stream.device), children)
+        whole = times[""]
+        found = {child: max(0.0, whole - times[child]) for child in children}
     else:
         block = source.model.get_submodule(source.block_name(i))
         whole = count(source, i, [block], cost) + scores(source, i, cost)
@@ -81,20 +89,16 @@ def sublayers(source: Checkpoint, i: int, cost: Cost, stream: Stream) -> dict[st
 
 
 @torch.no_grad()
-def seconds(stream: Stream, i: int, block: nn.Module, absent: str | None) -> float:
-    """Median of seven passes of the first batch through block i, its child `absent` not computed."""
-    rows, call, known = next(stream.batches()), stream.calls[i][0], list[Any]()
-    if absent:
-        child = block.get_submodule(absent)
-        handle = child.register_forward_hook(lambda module, args, y: known.append(tree_map(lambda t: t * 0 if isinstance(t, Tensor) else t, y)))
-        stream.forward(block, rows, call)
+def seconds(stream: Stream, i: int, block: nn.Module, children: Iterable[str]) -> dict[str, float]:
+    """Seconds of the first batch through block i, {"": whole, child: without it}, in turns (kernels/tune.py): what else the machine does slows all alike."""
+    rows, call, known = next(stream.batches()), stream.calls[i][0], dict[str, Any]()
+    runs = {"": partial(stream.forward, block, rows, call)}
+    nothing = lambda child: lambda module, args, y: known.update({child: tree_map(lambda t: t * 0 if isinstance(t, Tensor) else t, y)})
+    handles = [block.get_submodule(child).register_forward_hook(nothing(child)) for child in children]
+    runs[""]()
+    for child, handle in zip(children, handles, strict=True):
         handle.remove()
-        block.set_submodule(absent, StandIn(child, lambda args, kwargs: known[0]))
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        stream.forward(block, rows, call)
-        times.append(time.perf_counter() - started)
-    if absent:
-        block.set_submodule(absent, child)
-    return median(times[1:])
+        less = copy.copy(block)
+        less._modules = block._modules | {child: StandIn(block.get_submodule(child), lambda args, kwargs, child=child: known[child])}
+        runs[child] = partial(stream.forward, less, rows, call)
+    return {child: 1e-6 * us for child, us in race(runs, torch.device(stream.device), SECONDS).items()}

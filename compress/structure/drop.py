@@ -194,17 +194,20 @@ def greedy(source: Checkpoint, stream: Stream, count: int, child: str) -> tuple[
     return left_out, score
 
 
-def without(source: Checkpoint, stream: Stream, base: dict[int, str], more: dict[Any, dict[int, str]]) -> dict[Any, Tensor]:
+def without(source: Checkpoint, stream: Stream, base: dict[int, str], more: dict[Any, dict[int, str]], joining: dict[Any, Tensor] | None = None
+            ) -> dict[Any, Tensor]:  # fmt: skip
     """Hidden states behind the last block, {None: where `base` is absent, key: where base and more[key] are}, from one pass over the blocks.
 
     What is absent: {block: the child that adds nothing, or "" for the block as a whole}. A key branches off at the first block that it lacks.
+    joining: {(…, e): the stream in front of block e} of other models, which travel along from there.
     """
     states: dict[Any, Tensor] = {None: stream.hidden}
     for i in range(source.num_blocks):
+        states |= {key: h for key, h in (joining or {}).items() if key[-1] == i}
         block = None if base.get(i) == "" else source.load_block(i, stream.device)
         states = {key: _through(stream, i, block, h, (base | more.get(key, {})).get(i)) for key, h in
                   (states | {key: states[None] for key, absent in more.items() if min(absent) == i}).items()}  # fmt: skip
-    return states
+    return states | {key: h for key, h in (joining or {}).items() if key[-1] == source.num_blocks}
 
 
 def _through(stream: Stream, i: int, block: nn.Module | None, hidden: Tensor, absent: str | None) -> Tensor:

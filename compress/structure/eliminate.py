@@ -1,10 +1,11 @@
-"""Eliminate: leave out whatever a metric of yours does not miss. Blocks first, then attention and MLP of the blocks that must stay.
+"""Eliminate: leave out whatever a metric of yours does not miss. Blocks first, then attention and MLP of the blocks that must stay, then parts of these.
 
-    visit blocks from the last to the first; without block l:  L ≤ L₀ + δ → it goes;  else try its attention, then its MLP
+    visit blocks from the last to the first; without block l:  L ≤ L₀ + δ → it goes;  else try its attention, then its MLP;
+    of an attention that must stay its key-value groups, one by one; of an MLP its neurons, a chunk at a time, the smallest weights first
 
 AxFormer (Nagarajan et al., arXiv 2010.03688) judges by the loss on a validation set, which is finer than an accuracy. The metric is any callable of a model, a
 task of lm-eval among them; what it returns is to be small. What goes stays gone while the others are tried, so the order counts, and a small set is
-overfitted: confirm on another one. One evaluation a block, two more for each that stays. The model is resident and left as it was.
+overfitted: confirm on another one. One evaluation a block, two more for each that stays, one a group and chunk. The model is resident and left as it was.
 
     structure = eliminate(model, lambda m: my_loss(m), tolerance=0.02)
     compress.run(path, {"name": "mine", "structure": [*structure, "refit"]}, "wikitext2", "out")
@@ -19,36 +20,66 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..arch import find_blocks, table_entry
+from ..arch import Arch, find_blocks, table_entry
+from ..linear import get_weight
+from ..skeleton import Heads, heads, neurons
+from .smaller import spans
 
 
-def eliminate(model: nn.Module, metric: Callable[[nn.Module], float], tolerance: float) -> list[dict[str, Any]]:
-    """The structural steps of a recipe that leave out all that the metric does not miss: its value stays within `tolerance` of the whole model's."""
+def eliminate(model: nn.Module, metric: Callable[[nn.Module], float], tolerance: float, chunks: int = 8) -> list[dict[str, Any]]:
+    """The structural steps of a recipe that leave out all that the metric does not miss: its value stays within `tolerance` of the whole model's.
+
+    chunks: into how many the neurons of an MLP are divided; 0: heads and neurons are not tried.
+    """
     arch = table_entry(model)
     blocks = model.get_submodule(arch.blocks if arch else find_blocks(model))
     limit = metric(model) + tolerance
     gone: dict[str, list[int]] = {"attention": [], "mlp": [], "block": []}
+    cut: list[str] = []
     handles: list[Any] = []
 
-    def missed(module: nn.Module, hook: Callable) -> bool:
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
+    def missed(handle) -> bool:
+        handles.append(handle)
         if metric(model) <= limit:
             return False
         handles.pop().remove()
         return True
 
+    def parts(arch: Arch, i: int, what: str) -> None:
+        """Groups of the attention or chunks of the MLP of block i, but not all of them: it was missed."""
+        unit, kind = (heads(arch, blocks[i]), "heads") if what == "attention" else (neurons(arch, blocks[i]), "mlp")
+        if unit is None or (kind == "heads" and arch.fixed_heads):
+            return
+        reader, gone = blocks[i].get_submodule(unit.reader), list[int]()
+        if isinstance(unit, Heads):
+            pieces = list(torch.arange(unit.heads).view(unit.groups, -1))
+        else:
+            pieces = list(get_weight(reader).float().norm(dim=0).cpu().argsort().split(-(-unit.width // chunks)))
+        for piece in pieces:
+            columns = unit.columns(piece) if isinstance(unit, Heads) else piece
+            if len(gone) + len(piece) == sum(map(len, pieces)):
+                break  # all of it was missed
+            if not missed(reader.register_forward_pre_hook(lambda module, args, columns=columns: (args[0].index_fill(-1, columns.to(args[0].device), 0),))):
+                gone += piece.tolist()
+            elif kind == "mlp":
+                break  # the others matter more
+        cut.extend([f"{i}.{kind} {spans(sorted(gone))}"] if gone else [])
+
     try:
         for i in reversed(range(len(blocks))):
-            if len(gone["block"]) + 1 < len(blocks) and not missed(blocks[i], _through):
+            if len(gone["block"]) + 1 < len(blocks) and not missed(blocks[i].register_forward_hook(_through, with_kwargs=True)):
                 gone["block"].append(i)
                 continue
             for what, child in _sublayers(arch, blocks[i]).items():
-                if not missed(child, _silent):
+                if not missed(child.register_forward_hook(_silent, with_kwargs=True)):
                     gone[what].append(i)
+                elif arch and chunks:
+                    parts(arch, i, what)
     finally:
         for handle in handles:
             handle.remove()
-    return [{"drop": {"what": what, "blocks": found}} for what, found in gone.items() if found]  # whole blocks last: they change the numbers of the others
+    width: list[dict[str, Any]] = [{"width": {"cut": cut}}] if cut else []
+    return width + [{"drop": {"what": what, "blocks": found}} for what, found in gone.items() if found]  # whole blocks last: they change the others' numbers
 
 
 def _sublayers(arch, block: nn.Module) -> dict[str, nn.Module]:

@@ -1,11 +1,12 @@
-"""Program: for every block keep it, leave out its attention, its MLP or both, so that a budget is met at the least cost: LayerMerge's dynamic programme.
+"""Program: for every block keep it, leave out its attention, its MLP or both, or merge it into another, so that a budget is met at the least cost.
 
     D[e, t] = max over segments [s, e) and their options o with cost c_o ≤ t:   D[s, t − c_o] + I_o          Kim et al., arXiv 2406.12837
 
-exact over all ways to cut the L blocks into segments, O(L · span · options · bins). A segment is one block with one of its options, or a run of up to `span`
-blocks left out together, measured together, for the damage of neighbours does not add up. I = −KL(original ‖ model with that segment's option alone) on a few
-windows: one pass over the blocks measures all (drop.py). The paper merges convolutions; a residual stream leaves nothing to merge but what is left out.
-Between segments damages are taken to add up; the KL that was reached in the end is on record in the plan.
+LayerMerge's dynamic programme, exact over all ways to cut the L blocks into segments, O(L · span · options · bins). A segment is one block with one of its
+options, a run of up to `span` blocks left out together, or a block and the run behind it merged into that one block, by least squares (merge.py). Runs are
+measured as a whole, for the damage of neighbours does not add up. I = −KL(original ‖ model with that segment's option alone) on a few windows: one pass over
+the blocks measures all (drop.py), one before it solves what is merged. Between segments damages are taken to add up; the KL that was reached in the end is
+on record in the plan.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,18 +24,23 @@ from ..errors import CompressError
 from ..skeleton import KEY
 from .cost import Cost, sublayers
 from .drop import divergences, fewer, without
-from .smaller import Smaller, blocks_of
+from .merge import merges
+from .refit import instead
+from .smaller import Edit, Smaller, blocks_of
 
 
 @dataclass(frozen=True)
 class Option:
-    """Blocks start … end − 1, each without the sublayers that `absent` names ({block: child, "" for all of it}), at a cost and with a value."""
+    """Blocks start … end − 1, each without the sublayers that `absent` names ({block: child, "" for all of it}), at a cost and with a value.
+
+    merged: of the first of them, which has taken the others over, the weight that is new."""
 
     start: int
     end: int
     absent: tuple[tuple[int, str], ...]
     cost: float
     value: float
+    merged: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,45 +50,59 @@ class Program:
     budget: float = 0.75  # share of the blocks' cost that may stay
     cost: Cost = "parameters"  # what is counted: weights, FLOPs, bytes, or seconds of a forward pass measured on this machine (cost.py)
     span: int = 2  # blocks of the longest run that is measured as a whole
+    merge: bool = True  # a block may take over the run behind it, by least squares of its last linear
     samples: int = 16  # calibration windows on which damage is measured; 0: all
     bins: int = 1000  # steps in which costs are counted, rounded up
     needs_text = True
 
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
-        """{"absent": [[block, child]], "expected": sum of the segments' KL, "reached": KL of all together, "cost": share of the whole}."""
+        """{"absent": [[block, child]], "merged": {weight: "b-e", where blocks b … e − 1 are one}, "expected": sum of the segments' KL, "reached": KL of all
+        together, "cost": share of the whole}."""
         if not 0 < self.budget <= 1:
             raise CompressError(f"program.budget = {self.budget}: the share of the cost that may stay, above 0 and at most 1")
         stream = enter(source, self.samples)
         costs = [sublayers(source, i, self.cost, stream) for i in range(source.num_blocks)]
         absent = {(i, i + 1, child): {i: child} for i, c in enumerate(costs) for child in c if child}
         absent |= {(i, i + n, ""): dict.fromkeys(range(i, i + n), "") for n in range(1, self.span + 1) for i in range(source.num_blocks - n + 1)}
-        states, tail = without(source, stream, {}, absent), stream.tail()
+        weights, joining, names = merges(source, stream, self.span) if self.merge else ({}, {}, {})
+        if weights:
+            scratch.tensors("program", lambda: weights)
+        states, tail = without(source, stream, {}, absent, joining), stream.tail()
         options = [Option(i, i + 1, (), sum(c.values()), 0.0) for i, c in enumerate(costs)]
         unharmed = states.pop(None)
         damage = divergences(stream, tail, unharmed, states)
+        options += [Option(b, e, tuple((i, "") for i in range(b + 1, e)), sum(costs[b].values()), -damage[b, e], names[b]) for b, e in joining]
         for (start, end, child), lacks in absent.items():
             stays = sum(c for k, c in costs[start].items() if k != child) if child else 0.0
             options.append(Option(start, end, tuple(lacks.items()), stays, -damage[start, end, child]))
         whole = sum(sum(c.values()) for c in costs)
         chosen = best(options, source.num_blocks, self.budget * whole, self.bins)
         lacking = dict(pair for o in chosen for pair in o.absent)
-        reached = divergences(stream, tail, unharmed, without(source, stream, lacking, {}))[None] if lacking else 0.0
-        return {"absent": [list(pair) for pair in lacking.items()], "expected": -sum(o.value for o in chosen), "reached": reached,
+        merged = {o.merged: f"{o.start}-{o.end}" for o in chosen if o.merged}
+        reached = divergences(stream, tail, unharmed, without(_merged(source, merged, scratch), stream, lacking, {}))[None] if lacking else 0.0
+        return {"absent": [list(pair) for pair in lacking.items()], "merged": merged, "expected": -sum(o.value for o in chosen), "reached": reached,
                 "cost": sum(o.cost for o in chosen) / whole}  # fmt: skip
 
     def guess(self, source: Checkpoint) -> dict[str, Any]:
         """Whole blocks from the end until the budget is met: without text, nothing tells which sublayers will go."""
-        return {"absent": [[i, ""] for i in range(math.floor(self.budget * source.num_blocks), source.num_blocks)]}
+        return {"absent": [[i, ""] for i in range(math.floor(self.budget * source.num_blocks), source.num_blocks)], "merged": {}}
 
     def apply(self, source: Checkpoint, plan: dict[str, Any], scratch=None) -> Checkpoint:
         absent = {int(i): child for i, child in plan["absent"]}
         kept = [i for i in range(source.num_blocks) if absent.get(i) != ""]
+        source = _merged(source, plan["merged"], scratch)
         view = fewer(source, kept) if len(kept) < source.num_blocks else source
         blocks = blocks_of(view)
         for j, i in enumerate(kept):
             if i in absent:
                 blocks[j]["without"] = sorted({*blocks[j].get("without", ()), absent[i]})
         return Smaller(view, changes={KEY: blocks}) if any(blocks) else view
+
+
+def _merged(source: Checkpoint, merged: dict[str, str], scratch) -> Checkpoint:
+    """`source` with the last linears of the blocks that others are merged into."""
+    edits: dict[str, Edit] = {name: partial(instead, scratch, "program", key) for name, key in merged.items()}
+    return Smaller(source, edits=edits) if edits else source
 
 
 def best(options: Sequence[Option], length: int, budget: float, bins: int) -> list[Option]:

@@ -10,6 +10,7 @@ Nothing makes up for what is cut here: a step `refit` behind it does.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -42,6 +43,7 @@ class Width:
     across: Literal["model", "layer"] = "model"  # one threshold for all layers, or the same share of each (plain Hugging Face)
     multiple: int = 8  # MLP widths are multiples of it
     skip: tuple[int, ...] = ()  # blocks that keep their widths; -1: the last
+    cut: tuple[str, ...] = ()  # these neurons and query heads and no others, whatever the shares say: ["3.mlp 0-127", "5.heads 2 3"]
 
     def __post_init__(self):
         for name in ("mlp", "groups", "queries", "experts", "neurons", "budget"):
@@ -52,12 +54,14 @@ class Width:
 
     @property
     def needs_text(self) -> bool:
-        return self.by not in ("magnitude", "order") or self.experts > 0
+        return not self.cut and (self.by not in ("magnitude", "order") or self.experts > 0)
 
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
         """{"mlp": {block: kept neurons, as "0-99 103"}, "heads": {block: kept query heads}, "experts": {block: kept experts}, "neurons": {block: those of
         each kept expert, one behind the other}}."""
         self._check(source)
+        if self.cut:
+            return self._plan(self._named(source))
         wanted = self.mlp or self.groups or self.queries or self.budget
         found = scores(source, enter, self.by, bool(self.groups or self.queries or self.budget)) if wanted else {}
         inside = expert_neurons(source, enter, self.by) if self.neurons else None
@@ -67,6 +71,8 @@ class Width:
     def guess(self, source: Checkpoint) -> dict[str, Any]:
         """The first units of every layer, as many as `measure` will keep of all together; a budget of seconds counts as one of parameters."""
         self._check(source)
+        if self.cut:
+            return self._plan(self._named(source))
         even = {i: {k: -torch.arange(n, dtype=torch.float64) / n for k, n in n_.items()} for i, n_ in enumerate(_units(source))}
         counts = {i: (e, n) for i, (e, n) in enumerate(_experts(source)) if e}
         return self._plan(self.chosen(source, even, {i: -torch.arange(e, dtype=torch.float64) for i, (e, _) in counts.items()},
@@ -128,6 +134,24 @@ class Width:
     @staticmethod
     def _plan(chosen: dict[str, dict[int, list[int]]]) -> dict[str, Any]:
         return {kind: {str(i): spans(kept) for i, kept in found.items()} for kind, found in chosen.items()}
+
+    def _named(self, source: Checkpoint) -> dict[str, dict[int, list[int]]]:
+        """What is left of units without those of `cut`."""
+        plan: dict[str, dict[int, list[int]]] = {"mlp": {}, "heads": {}, "experts": {}, "neurons": {}}
+        units, arch = dict(enumerate(_units(source))), _arch(source)
+        for entry in self.cut:
+            where, _, which = entry.partition(" ")
+            i, _, kind = where.partition(".")
+            if not re.fullmatch(r"\d+\.(mlp|heads)( \d+(-\d+)?)+", entry) or not (count := units.get(int(i), {}).get(kind)):
+                raise CompressError(f'{source.name}: width.cut: "{entry}" names no units; write e.g. "3.mlp 0-127" or "5.heads 2 3"')
+            gone = set(numbers(which))
+            kept = [n for n in range(count) if n not in gone]
+            groups = _heads(arch, source, int(i)).groups if kind == "heads" else 1
+            left = {sum(n // (count // groups) == g for n in kept) for g in range(groups)} - {0}
+            if max(gone) >= count or not kept or (kind == "heads" and (len(left) > 1 or arch.fixed_heads)):
+                raise CompressError(f'{source.name}: width.cut: "{entry}": of {count} some must stay, of query heads as many in every group that does')
+            plan[kind][int(i)] = kept
+        return plan
 
     def _threshold(self, units: dict[int, Tensor], share: float, multiple: int, across: str = "") -> dict[int, list[int]]:
         """Units that stay, layer by layer, in their order; every layer keeps `multiple` at least, and the sum is that of the share."""
