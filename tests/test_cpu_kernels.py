@@ -94,7 +94,7 @@ def test_opcheck():
     """Not of cpu_int8's op: opcheck asks oneDNN's layout for its storage. The traces below run it."""
     x, b = inputs(2, 64, BF16), cpu_int_mm.prepare(Rounded(make(16, 64, 8, 64), "int8"))
     for bias in (None, inputs(1, 16, BF16)[0]):
-        torch.library.opcheck(cpu_int_mm.op, (x, b.weight, b.scales, b.levels, bias))
+        torch.library.opcheck(cpu_int_mm.op, (x, b.weight, b.scales, b.grid, bias))
 
 
 @pytest.fixture
