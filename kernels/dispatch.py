@@ -90,14 +90,17 @@ def matmul(x: Tensor, format: Format | Callable[[], Format], bias: Tensor | None
     whoever replaces the Format's tensors or moves them to another device.
     """
     cache = {} if cache is None else cache
-    key = bucket(x.numel() // x.shape[-1]), x.dtype, x.requires_grad and torch.is_grad_enabled(), *how
-    route, prepared = cache.get(key) or _open(x.reshape(-1, x.shape[-1]), format() if callable(format) else format, cache, key)
+    shape = x.shape  # a small product takes 20 us: what can be is asked once here, and a matrix is not reshaped
+    key = bucket(x.numel() // shape[-1]), x.dtype, x.requires_grad and torch.is_grad_enabled(), how
+    route, prepared = cache.get(key) or _open(x.reshape(-1, shape[-1]), format() if callable(format) else format, cache, key)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if route is CACHED:
         return F.linear(x, prepared, bias)
-    y = route.run(x.reshape(-1, x.shape[-1]), prepared, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    if len(shape) == 2:
+        return route.run(x, prepared, bias)
+    y = route.run(x.reshape(-1, shape[-1]), prepared, bias)
+    return y.view(*shape[:-1], y.shape[-1])
 
 
 def bucket(m: int) -> int:
@@ -109,7 +112,7 @@ def bucket(m: int) -> int:
 
 def _open(x: Tensor, format: Format, cache: dict, key: tuple) -> tuple[Route, Any]:
     """The route and what it prepared, for a kind of call that the cache does not know yet."""
-    grad, how = key[2], How(*key[3:])
+    grad, how = key[2:]
     format = leaf(format, how)  # type: ignore[assignment]
     if torch.compiler.is_compiling() or x.is_meta:  # nothing is measured or kept in a trace, but what eager calls kept is used
         route = CACHED if (CACHED.name, x.dtype) in cache else plain(format, How("dense", "bounded", how.activations))
