@@ -47,21 +47,15 @@ def rounded(format: Format, grid: Grid | None) -> Format | Rounded:
     return format if grid is None or isinstance(format, Dense | Kronecker) else Rounded(format, grid)
 
 
-def largest(x: Tensor) -> Tensor:
-    """max|x| of every token, fp32 [..., 1]. Floats of one sign are in the order of their bits, and 16-bit integers have a fast maximum."""
-    if x.element_size() != 2:
-        return x.abs().amax(-1, keepdim=True).float()
-    return (x.view(torch.int16) & 0x7FFF).amax(-1, keepdim=True).view(x.dtype).float()
-
-
 def quantize(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """x [..., in] → codes [..., in] (int8, or E4M3) and scales fp32 [..., 1]; a token of zeros has scale 0 and any codes. In fp32, x fp64 too.
 
-    Each pass is one that vectorizes (a product with a number a row does, a quotient does not), and all but two are in place."""
-    scale = largest(x).div_(LARGEST[grid])
+    Eight short passes, each of which vectorizes: a product with a number a row does, a quotient does not."""
+    y = x.to(torch.float32, copy=True)
+    scale = y.abs().amax(-1, keepdim=True).div_(LARGEST[grid])
     if grid == "fp8":
-        return (x.float() * scale.clamp(min=TINY).reciprocal()).to(torch.float8_e4m3fn), scale
-    return x.to(torch.float32, copy=True).mul_(scale.reciprocal()).round_().to(torch.int8), scale
+        return y.mul_(scale.clamp(min=TINY).reciprocal_()).to(torch.float8_e4m3fn), scale
+    return y.mul_(scale.reciprocal()).round_().to(torch.int8), scale
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

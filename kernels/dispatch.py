@@ -5,6 +5,7 @@
     parts            a combinator taken apart: x·Aᵀ + x·Bᵀ (each on its columns, for Columns), (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
     kronecker        a transform of the input by two small matrices
     rounded          the input on its grid and back (activations.py), then one of the routes above
+    unrounded        where rounding 16-bit inputs costs more than integers save: the fastest route of the weight alone, which is what is taken and named
     …                one for every kernel of KERNELS
 
 A kernel is a file with three functions, and a line in KERNELS:
@@ -39,11 +40,12 @@ from .activations import Grid, Rounded, dequantize, quantize, rounded
 
 log = logging.getLogger(__name__)
 Policy = Literal["auto", "dense", "reference"]
-Memory = Literal["keep", "bounded"]  # bounded: no dense copy of a compressed weight outlives a call
+Memory = Literal["auto", "keep", "bounded"]  # dense copies of compressed weights outlive a call: where no kernel takes the codes, where fastest, never
 BUCKETS = (1, 4, 16, 64, 256)  # rows; each is timed at its upper edge, where packed routes gain least, and the last one has no end
 SMALL = 2**17  # a weight of fewer elements is not worth a measurement: dense
 MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
 COMBINATORS = (Sum, Product, Transformed, Scaled, Columns)
+UNROUNDED = "unrounded"
 KERNELS = {  # device → name → file
     "cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
     "cuda": {"triton-int": "triton_int", "triton-fragment": "fragment", "triton-lut": "triton_lut", "triton-trellis": "triton_trellis",
@@ -56,7 +58,7 @@ class How(NamedTuple):
     """How a layer may be multiplied."""
 
     policy: Policy = "auto"
-    memory: Memory = "keep"
+    memory: Memory = "auto"
     activations: Grid | None = None  # None: the input as it is
 
 
@@ -118,6 +120,9 @@ def _open(x: Tensor, format: Format, cache: dict, key: tuple) -> tuple[Route, An
         route = CACHED if (CACHED.name, x.dtype) in cache else plain(format, How("dense", "bounded", how.activations))
         return route, _prepared(route, format, x, dict(cache))
     route = choose(format, x, how._replace(policy="dense") if grad and how.policy == "auto" else how)
+    if route.name == UNROUNDED:
+        format = format.inner  # type: ignore[attr-defined]
+        route = choose(format, x, how._replace(activations=None))
     cache[key] = route, _prepared(route, format, x, cache)
     return cache[key]
 
@@ -162,10 +167,10 @@ def leaf(format: Format, how: How) -> Format | Rounded:
 
 
 def fastest(options: list[Route], us: dict[str, float]) -> Route:
-    """The fastest of what was measured, tilings of kernels included, if it beats the dense route by MARGIN."""
+    """The fastest of what was measured, tilings of kernels included, if it beats the dense route, or unrounded inputs, by MARGIN."""
     every = {route.name: route for route in options} | {route.name: route for option in options for route in option.tilings}
     best = every[min(every.keys() & us, key=lambda name: us[name])]
-    home = next((route for route in options if route is CACHED), options[0])
+    home = next((route for route in options if route is CACHED or route.name == UNROUNDED), options[0])
     return best if us[best.name] * MARGIN <= us[home.name] else home
 
 
@@ -196,14 +201,30 @@ def copied(format: Format | Rounded) -> Format | Rounded:
 
 def routes(format: Format | Rounded, x: Tensor, how: How = AUTO) -> list[Route]:
     """Whatever can run `format` on x, the plain route first."""
+    kernels = [_kernel_route(name, x.device.type, format, x) for name, why in reasons(format, x).items() if why is None]
+    small = format.shape[0] * format.shape[1] < SMALL
+    if how.memory == "auto" and (how.policy == "dense" or small or not packed(format, x)):
+        how = how._replace(memory="keep")
     options = [plain(format, how)]
+    if isinstance(format, Rounded) and x.element_size() == 2:
+        run = functools.partial(_unrounded, how._replace(activations=None))
+        kernels.append(Route(UNROUNDED, lambda rounded, dtype: (rounded.inner, {}), run))
     if isinstance(format, COMBINATORS):
         if how.activations:  # only its leaves know where the input is rounded
             return options
         chain = [factor.shape for factor in format.factors] if isinstance(format, Product) else []
         if how.memory == "keep" and (not chain or sum(a * b for a, b in chain) >= format.shape[0] * format.shape[1]):
             options.append(CACHED)  # written out, unless its factors are the smaller matrices
-    return options + [_kernel_route(name, x.device.type, format, x) for name, why in reasons(format, x).items() if why is None]
+    return options + kernels
+
+
+def packed(format: Format | Rounded, x: Tensor) -> bool:
+    """Does some kernel multiply x by the codes, here or in a part?"""
+    if isinstance(format, Sum | Product):
+        return any(packed(part, x) for part in (format.terms if isinstance(format, Sum) else format.factors))
+    if isinstance(format, Columns):
+        return packed(format.first, x) or packed(format.second, x)
+    return packed(format.inner, x) if isinstance(format, Transformed | Scaled) else any(why is None for why in reasons(format, x).values())
 
 
 def reasons(format: Format | Rounded, x: Tensor) -> dict[str, str | None]:
@@ -276,3 +297,8 @@ def _columns(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
 def _rounded(how: How, x: Tensor, prepared: tuple[Format, Grid, dict], bias: Tensor | None) -> Tensor:
     inner, grid, cache = prepared
     return matmul(dequantize(*quantize(x, grid), x.dtype), inner, bias, cache, how)
+
+
+def _unrounded(how: How, x: Tensor, prepared: tuple[Format, dict], bias: Tensor | None) -> Tensor:
+    inner, cache = prepared
+    return matmul(x, inner, bias, cache, how)

@@ -18,7 +18,7 @@ from .activations import LARGEST
 
 @triton.jit
 def rounded(y, scale, LARGEST: tl.constexpr, FP8: tl.constexpr):
-    """y to its grid: integers for the cast to int8, half to even because fp32 has none but integers at 1.5·2²³; FP8's own cast rounds, only its range is kept."""
+    """y to its grid: integers for the cast to int8, half to even, as fp32 has integers only at 1.5·2²³; FP8's own cast rounds, its range is kept."""
     y *= tl.div_rn(1.0, tl.maximum(scale, 1e-30))
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
     return y if FP8 else (y + 12582912.0) - 12582912.0

@@ -45,7 +45,7 @@ def test_lut(bits):
         prepared = triton_lut.prepare(format, dtype)
         y, exact = triton_lut.matmul(x, prepared, bias), reference.matmul(x, format, bias, torch.float64)
         assert y.dtype == dtype and error(y, exact) < ROUNDING[dtype], (N, K, M)
-        assert torch.equal(y, triton_lut.matmul(x, prepared, bias)) and not prepared.arrived.any()
+        assert torch.equal(y, triton_lut.matmul(x, prepared, bias)) and not tiles.workspace(x)[1].any()
 
 
 def test_lut_takes_its_bits():
@@ -83,7 +83,7 @@ def test_trellis(N, n, L, length):
         y, exact = triton_trellis.matmul(x, prepared, bias), reference.matmul(x, format, bias, torch.float64)
         dense = torch.nn.functional.linear(x, format.dequantize(dtype), bias)
         assert y.dtype == dtype and error(y, exact) < max(1.5 * error(dense, exact), ROUNDING[dtype]), M
-        assert torch.equal(y, triton_trellis.matmul(x, prepared, bias)) and not prepared.arrived.any()
+        assert torch.equal(y, triton_trellis.matmul(x, prepared, bias)) and not tiles.workspace(x)[1].any()
 
 
 def test_trellis_says_why_not():

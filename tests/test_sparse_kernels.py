@@ -53,7 +53,7 @@ def test_sparse24(values):
         prepared = triton_sparse24.prepare(format, dtype)
         y, exact = triton_sparse24.matmul(x, prepared, bias), reference.matmul(x, format, bias, torch.float64)
         assert y.dtype == dtype and ((y.double() - exact).abs().max() / exact.abs().max()).item() < ROUNDING[dtype], (N, K, M)
-        assert torch.equal(y, triton_sparse24.matmul(x, prepared, bias)) and not prepared.arrived.any()
+        assert torch.equal(y, triton_sparse24.matmul(x, prepared, bias)) and not tiles.workspace(x)[1].any()
 
 
 def test_half_the_bytes():

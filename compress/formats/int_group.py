@@ -19,6 +19,8 @@ from ..errors import CompressError
 from . import packing
 from .base import Format
 
+SLICE = 2**19  # weights that are dequantized at a time
+
 
 def symmetric_zero(bits: int, levels: int) -> float:
     """The implied zero point of a symmetric grid: −2^(b−1) … 2^(b−1)−1, ±½ for one bit, −1 0 1 for ternary."""
@@ -70,10 +72,10 @@ class IntGroup(Format):
     def groups(self) -> int:
         return self.shape[1] // self.group_size
 
-    def unpack(self) -> Tensor:
-        """uint8 codes [out, in]."""
-        n = self.shape[1]
-        return packing.unpack_trits(self.codes, n) if self.levels == 3 else packing.unpack_rows(self.codes, n, self.bits_per_code)
+    def unpack(self, rows: slice = slice(None)) -> Tensor:
+        """uint8 codes [out, in], or some rows of them."""
+        codes, n = self.codes[rows], self.shape[1]
+        return packing.unpack_trits(codes, n) if self.levels == 3 else packing.unpack_rows(codes, n, self.bits_per_code)
 
     def zero_points(self) -> Tensor:
         """fp32 [out, groups]."""
@@ -86,8 +88,14 @@ class IntGroup(Format):
         return packing.unpack_bytes(self.zeros[None], count, self.bits_per_code).view(self.shape[0], self.groups).float()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        q = self.unpack().view(self.shape[0], self.groups, self.group_size).float()
-        return q.sub_(self.zero_points()[:, :, None]).mul_(self.scales.float()[:, :, None]).view(self.shape).to(dtype)
+        """[out, in], each element rounded once from fp32. On CPU some rows at a time: what is between codes and result stays in the cache."""
+        (out, n), zeros = self.shape, self.zero_points()[:, :, None]
+        rows = max(1, SLICE // n) if self.codes.device.type == "cpu" and not torch.compiler.is_compiling() else out
+        W = torch.empty(out, n, dtype=dtype, device=self.codes.device)
+        for at in (slice(i, i + rows) for i in range(0, out, rows)):
+            q = self.unpack(at).view(-1, self.groups, self.group_size).float()
+            W[at] = q.sub_(zeros[at]).mul_(self.scales[at].float()[:, :, None]).view(-1, n)
+        return W
 
     def tensors(self) -> dict[str, Tensor]:
         kept = {"codes": self.codes, "scales": self.scales}
