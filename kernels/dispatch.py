@@ -25,7 +25,7 @@ import functools
 import importlib
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -44,6 +44,7 @@ Memory = Literal["auto", "keep", "bounded"]  # dense copies of compressed weight
 BUCKETS = (1, 4, 16, 64, 256)  # rows; each is timed at its upper edge, where packed routes gain least, and the last one has no end
 SMALL = 2**17  # a weight of fewer elements is not worth a measurement: dense
 MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
+COPY = 1.25  # and a second repacked copy of a weight, for other numbers of rows, is to be worth its memory
 COMBINATORS = (Sum, Product, Transformed, Scaled, Columns)
 UNROUNDED = "unrounded"
 KERNELS = {  # device → name → file
@@ -119,10 +120,11 @@ def _open(x: Tensor, format: Format, cache: dict, key: tuple) -> tuple[Route, An
     if torch.compiler.is_compiling() or x.is_meta:  # nothing is measured or kept in a trace, but what eager calls kept is used
         route = CACHED if (CACHED.name, x.dtype) in cache else plain(format, How("dense", "bounded", how.activations))
         return route, _prepared(route, format, x, dict(cache))
-    route = choose(format, x, how._replace(policy="dense") if grad and how.policy == "auto" else how)
+    held = {slot[0] for slot in cache if slot[1:] == (x.dtype,)} if how.memory == "auto" else set()
+    route = choose(format, x, how._replace(policy="dense") if grad and how.policy == "auto" else how, held)
     if route.name == UNROUNDED:
         format = format.inner  # type: ignore[attr-defined]
-        route = choose(format, x, how._replace(activations=None))
+        route = choose(format, x, how._replace(activations=None), held)
     cache[key] = route, _prepared(route, format, x, cache)
     return cache[key]
 
@@ -136,12 +138,15 @@ def _prepared(route: Route, format: Format, x: Tensor, cache: dict) -> Any:
     return cache[slot]
 
 
-def choose(format: Format | Rounded, x: Tensor, how: How = AUTO) -> Route:
-    """The route for x [m, in]: the only one there is, or the fastest at the edge of m's bucket."""
+def choose(format: Format | Rounded, x: Tensor, how: How = AUTO, held: Collection[str] = ()) -> Route:
+    """The route for x [m, in]: the only one there is, or the fastest at the edge of m's bucket. held: routes whose weight is there already."""
     if how.policy == "reference":
         return REFERENCE
     options = routes(format, x, how)
-    return fastest(options, measured(format, x, options, how)) if worth(format, x, options, how) else options[0]
+    if not worth(format, x, options, how):
+        return options[0]
+    us = measured(format, x, options, how)
+    return fastest(options, {name: t * (COPY if held and name.partition("/")[0] not in held else 1) for name, t in us.items()})
 
 
 def worth(format: Format | Rounded, x: Tensor, options: list[Route], how: How) -> bool:

@@ -136,6 +136,19 @@ def test_inputs_are_not_rounded_where_that_is_slower(quick):
         assert error(dispatch.matmul(z, format, None, {}, how), exact) < 2**-7
 
 
+def test_a_second_copy_has_to_be_worth_its_memory(quick, monkeypatch):
+    format, us = make(64, 128, 8, 128), {1: {"cpu-int8": 11.0, "cpu-int-mm": 10.0}, 16: {"cpu-int8": 10.0}}
+    monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: {n: us[len(runs["cpu-int8"].args[0])].get(n, 100.0) for n in runs})
+
+    def names(**how):
+        cache: dict = {}
+        for m in (16, 1):
+            dispatch.matmul(inputs(m, 128, BF16), format, None, cache, How(activations="int8", **how))
+        return [v[0].name for k, v in cache.items() if len(k) > 2]
+
+    assert names() == ["cpu-int8", "cpu-int8"] and names(memory="keep") == ["cpu-int8", "cpu-int-mm"]
+
+
 def test_hysteresis_keeps_dense_unless_another_is_clearly_faster():
     options = [dispatch.CACHED, dispatch.Route("a", None, None, (dispatch.Route("a/wide", None, None),))]
     pick = lambda **us: dispatch.fastest(options, {name.replace("_", "/"): t for name, t in us.items()} | {"dense-cached": 100.0}).name
