@@ -229,7 +229,8 @@ def packed(format: Format | Rounded, x: Tensor) -> bool:
         return any(packed(part, x) for part in (format.terms if isinstance(format, Sum) else format.factors))
     if isinstance(format, Columns):
         return packed(format.first, x) or packed(format.second, x)
-    return packed(format.inner, x) if isinstance(format, Transformed | Scaled) else any(why is None for why in reasons(format, x).values())
+    inner = isinstance(format, Transformed | Scaled | Rounded) and packed(format.inner, x)
+    return inner or any(why is None for why in reasons(format, x).values())
 
 
 def reasons(format: Format | Rounded, x: Tensor) -> dict[str, str | None]:

@@ -45,6 +45,17 @@ def dot(w, x, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
+def columns(p, m, k, M, K, EVEN: tl.constexpr):
+    """Xᵀ [k, m] at pointers p, zero outside. EVEN 2: nothing is outside, and without a mask a copy to shared memory costs one instruction; 1: no column is."""
+    if EVEN == 2:
+        return tl.load(p)
+    elif EVEN == 1:
+        return tl.load(p, m[None, :] < M, 0.0)
+    else:
+        return tl.load(p, (m[None, :] < M) & (k[:, None] < K), 0.0)
+
+
+@triton.jit
 def shares(partial, tile, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
     """Where the workspace holds the first share of a tile, fp32 [BN, BM]; the others follow."""
     return partial + tile * (SPLIT * BN * BM) + (tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :])
@@ -98,6 +109,11 @@ def words(fields: Tensor, shifts: Tensor) -> Tensor:
     """Fields [..., *s] shifted left by shifts [*s] and added up: int32 [...]. Fields must not overlap."""
     total = (fields.long() << shifts.to(fields.device)).flatten(fields.dim() - shifts.dim()).sum(-1)
     return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
+
+
+def even(M: int, K: int, const: dict) -> int:
+    """For `columns`, of kernels that take 256 columns an iteration."""
+    return 0 if K % 256 else 1 if M % const["BM"] else 2
 
 
 def rows_of_tile(m: int) -> int:

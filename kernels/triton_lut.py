@@ -59,7 +59,7 @@ def _weights(w, stride, a, b, BITS: tl.constexpr, BN: tl.constexpr, DTYPE: tl.co
 
 @triton.jit
 def _matmul(x, w, tables, bias, y, partial, arrived, M, N, K, stride_x, rows, BITS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-            EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, REPEAT: tl.constexpr):  # fmt: skip
+            EXACT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, REPEAT: tl.constexpr):  # fmt: skip
     """w [rows/16, ceil(K/COLUMNS), planes, 8, 16] int32; tables [registers, rows] int32; grid (rows/BN, ceil(M/BM), SPLIT)."""
     WORDS: tl.constexpr = 3 * 128 if BITS == 3 else 128
     r, c = tl.arange(0, BN // 2), tl.arange(0, 16)
@@ -75,7 +75,7 @@ def _matmul(x, w, tables, bias, y, partial, arrived, M, N, K, stride_x, rows, BI
         for i in tl.static_range(REPEAT):
             tile = step * REPEAT + i
             k = tile * COLUMNS + tl.arange(0, COLUMNS)
-            xt = tl.load(x + m[None, :].to(tl.int64) * stride_x + k[:, None], (m[None, :] < M) & (k[:, None] < K), 0.0)
+            xt = tiles.columns(x + m[None, :].to(tl.int64) * stride_x + k[:, None], m, k, M, K, EVEN)
             v = _weights(w + tl.minimum(tile, steps - 1) * WORDS, 128, a, b, BITS, BN, x.dtype.element_ty)
             acc = tiles.dot(v, xt, acc, EXACT)
     tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
@@ -139,7 +139,7 @@ def _launch(x: Tensor, words: Tensor, tables: Tensor, bias: Tensor | None, bits:
     y, (partial, arrived) = tiles.output(x, N), tiles.workspace(x)
     if M:
         _matmul[(*grid, shares)](x, words, tables, bias, y, partial, arrived, M, N, K, x.stride(0), rows, BITS=bits, SPLIT=shares,
-                                 BIAS=bias is not None, EXACT=tiles.INTERPRET, num_warps=4, num_stages=4, **const)  # fmt: skip
+                                 BIAS=bias is not None, EXACT=tiles.INTERPRET, EVEN=tiles.even(M, K, const), num_warps=4, num_stages=4, **const)  # fmt: skip
     return y.to(x.dtype)
 
 

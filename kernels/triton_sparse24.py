@@ -96,7 +96,7 @@ def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, r
                     _half(patterns >> 16, low, high, z0, z1, p, 1, INT4, x.dtype.element_ty))  # fmt: skip
         # [rt·g, t·word, e, kk, h, i, half] → [rt, h, g] × [word, half, i, kk, t, e]
         v = v.reshape(BN // 16, 8, 4, 4, 2, 2, 2, 2, 2).permute(0, 6, 1, 3, 8, 7, 5, 2, 4).reshape(BN, 256)
-        xt = tl.load(xp + tile * 256, m[None, :] < M if EVEN else (m[None, :] < M) & (tile * 256 + column[:, None] < K), 0.0)
+        xt = tiles.columns(xp + tile * 256, m, tile * 256 + column, M, K, EVEN)
         if PER_TILE:
             part = tiles.dot(v, xt, tl.zeros((BN, BM), tl.float32), EXACT)
             acc += part * tl.load(scales + tile * rows + n).to(tl.float32)[:, None]
@@ -187,8 +187,9 @@ def _launch(x: Tensor, words: Tensor, scales: Tensor | None, zeros: Tensor | Non
     y, (partial, arrived) = tiles.output(x, N), tiles.workspace(x)
     if M:
         _matmul[(*grid, shares)](x, words, scales, zeros, bias, y, partial, arrived, M, N, K, x.stride(0), grid[0] * const["BN"],
-                                 INT4=zeros is not None, SCALED=scales is not None, PER_TILE=scales is not None and len(scales) > 1, EVEN=K % COLUMNS == 0,
-                                 BIAS=bias is not None, SPLIT=shares, EXACT=tiles.INTERPRET, num_warps=4, num_stages=3, **const)  # fmt: skip
+                                 INT4=zeros is not None, SCALED=scales is not None, PER_TILE=scales is not None and len(scales) > 1,
+                                 EVEN=tiles.even(M, K, const), BIAS=bias is not None, SPLIT=shares, EXACT=tiles.INTERPRET, num_warps=4, num_stages=3,
+                                 **const)  # fmt: skip
     return y.to(x.dtype)
 
 

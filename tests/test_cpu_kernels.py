@@ -131,6 +131,10 @@ def test_inputs_are_not_rounded_where_that_is_slower(quick):
     format, x, cache = make(64, 128, 8, 128), inputs(2, 128, BF16), {}
     y = dispatch.matmul(x, format, None, cache, How(activations="int8"))
     assert torch.equal(y, dispatch.matmul(x, format)) and {v[0].name for k, v in cache.items() if len(k) > 2} == {"cpu-pack"}
+    quick.discard("cpu-pack")
+    cache = {}
+    dispatch.matmul(inputs(100, 128, BF16), make(64, 128, 4, 64), None, cache, How(activations="int8"))  # a weight of groups has no integer kernel here
+    assert not any(isinstance(v, torch.Tensor) for v in cache.values())
     for z, how in ((x, How("dense", activations="int8")), (x.float(), How(activations="int8"))):
         exact = reference.matmul(z, Rounded(format, "int8"), dtype=torch.float64)
         assert error(dispatch.matmul(z, format, None, {}, how), exact) < 2**-7

@@ -116,12 +116,12 @@ def one_row(spec, m):
 def lut_spec(bits, m):
     types = {"x": "*bf16", "w": "*i32", "tables": "*i32", "bias": "*bf16", "y": "*bf16", "partial": "*fp32", "arrived": "*i32"} | dict.fromkeys(
         ("M", "N", "K", "stride_x", "rows"), "i32")  # fmt: skip
-    constants = {"BITS": bits, "BIAS": True, "SPLIT": 4, "EXACT": False} | triton_lut.launch(bits, m)
+    constants = {"BITS": bits, "BIAS": True, "SPLIT": 4, "EXACT": False, "EVEN": 2 if m == 64 else 1} | triton_lut.launch(bits, m)
     return one_row(sass.Spec("compress.kernels.triton_lut", "_matmul", types, constants, aligned=("K", "N", "stride_x", "rows"), num_stages=4), m)
 
 
 def test_lut_compiles_without_spills_to_few_instructions():
-    cases = [(2, 1, 2.6), (3, 64, 3.4)]
+    cases = [(2, 1, 2.5), (3, 64, 3.0)]
     for (bits, m, limit), kernel in zip(cases, sass.compile_all([lut_spec(bits, m) for bits, m, _ in cases]), strict=True):
         columns = triton_lut.launch(bits, m)["COLUMNS"] * triton_lut.launch(bits, m)["REPEAT"]
         print(bits, m, kernel.per_weight(columns * tiles.BN / 128), kernel.registers, kernel.shared, kernel.mix.most_common(12))
