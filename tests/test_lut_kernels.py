@@ -121,7 +121,7 @@ def lut_spec(bits, m):
 
 
 def test_lut_compiles_without_spills_to_few_instructions():
-    cases = [(2, 1, 2.5), (3, 64, 3.0)]
+    cases = [(2, 1, 2.5), (3, 64, 2.7)]
     for (bits, m, limit), kernel in zip(cases, sass.compile_all([lut_spec(bits, m) for bits, m, _ in cases]), strict=True):
         columns = triton_lut.launch(bits, m)["COLUMNS"] * triton_lut.launch(bits, m)["REPEAT"]
         print(bits, m, kernel.per_weight(columns * tiles.BN / 128), kernel.registers, kernel.shared, kernel.mix.most_common(12))
