@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Columns, Dense, Format, Kronecker, Product, Scaled, Sum, Transformed, build
+from ..formats import Columns, Dense, Format, IntGroup, Kronecker, Product, Scaled, Sum, Transformed, build
 from . import reference, tune
 from .activations import Grid, Rounded, dequantize, quantize, rounded
 
@@ -81,7 +81,7 @@ def _as_is(format: Format, dtype: torch.dtype) -> Format:
 
 
 CACHED = Route("dense-cached", lambda format, dtype: format.dequantize(dtype), F.linear)
-STREAMED = Route("dense-streamed", _as_is, lambda x, format, bias: F.linear(x, format.dequantize(x.dtype), bias))
+STREAMED = Route("dense-streamed", _as_is, lambda x, format, bias: _streamed(x, format, bias))
 KRONECKER = Route("kronecker", lambda format, dtype: format.T, lambda x, T, bias: T.apply(x) if bias is None else T.apply(x) + bias)
 REFERENCE = Route("reference", _as_is, lambda x, format, bias: reference.matmul(x, format, bias).to(x.dtype))
 
@@ -265,6 +265,13 @@ def plain(format: Format | Rounded, how: How) -> Route:
     if isinstance(format, Kronecker):
         return KRONECKER
     return CACHED if how.memory == "keep" else STREAMED
+
+
+def _streamed(x: Tensor, format: Format, bias: Tensor | None) -> Tensor:
+    """Integers slice by slice: memory that is new at every call costs more time than unpacking."""
+    if not isinstance(format, IntGroup):
+        return F.linear(x, format.dequantize(x.dtype), bias)
+    return torch.cat([F.linear(x, W, None if bias is None else bias[at]) for at, W in format.dequantize_slices(x.dtype)], -1)
 
 
 def _parts(format: Format, dtype: torch.dtype) -> list[tuple]:

@@ -10,6 +10,7 @@ chosen, so nothing is ever rounded twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,14 +88,23 @@ class IntGroup(Format):
         count = self.shape[0] * self.groups
         return packing.unpack_bytes(self.zeros[None], count, self.bits_per_code).view(self.shape[0], self.groups).float()
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[out, in], each element rounded once from fp32. On CPU some rows at a time: what is between codes and result stays in the cache."""
-        (out, n), zeros = self.shape, self.zero_points()[:, :, None]
+    def slices(self) -> list[slice]:
+        """Rows that are dequantized at a time: on CPU so few that what is between codes and result stays in the cache."""
+        out, n = self.shape
         rows = max(1, SLICE // n) if self.codes.device.type == "cpu" and not torch.compiler.is_compiling() else out
-        W = torch.empty(out, n, dtype=dtype, device=self.codes.device)
-        for at in (slice(i, i + rows) for i in range(0, out, rows)):
+        return [slice(i, i + rows) for i in range(0, out, rows)]
+
+    def dequantize_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight slice by slice, each element rounded once from fp32."""
+        zeros = self.zero_points()[:, :, None]
+        for at in self.slices():
             q = self.unpack(at).view(-1, self.groups, self.group_size).float()
-            W[at] = q.sub_(zeros[at]).mul_(self.scales[at].float()[:, :, None]).view(-1, n)
+            yield at, q.sub_(zeros[at]).mul_(self.scales[at].float()[:, :, None]).view(-1, self.shape[1]).to(dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        W = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for at, part in self.dequantize_slices(dtype):
+            W[at] = part
         return W
 
     def tensors(self) -> dict[str, Tensor]:
