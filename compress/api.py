@@ -369,12 +369,13 @@ def diagnose(model: str, calibration: str | CalibrationSet = "stdlib", *, sample
 
 
 def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
-         memory: Literal["keep", "bounded"] = "keep", activations: str | None = None, fuse: bool = False, compile: bool = False,
+         memory: Memory = "auto", activations: str | None = None, fuse: bool = False, compile: bool = False,
          rows: Sequence[int] = (1,), trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
     """A Hugging Face model from an artifact (or a plain checkpoint), ready for generate().
 
     policy "auto" multiplies by the fastest kernel measured on this machine, "dense" by the dequantized weight in a fixed order.
-    memory "keep" lets a layer keep a dense copy where that is fastest, "bounded" never does.
+    memory "auto" lets a layer keep a dense copy only if no kernel multiplies by its codes, "keep" wherever that is fastest (long prompts on CPU),
+    "bounded" never.
     activations int8, int4 or fp8: what compressed weights multiply is rounded to it, one scale a token (kernels/activations.py).
     fuse: q, k and v, and gate and up, are multiplied as one where their formats are of one kind (architectures of compress/arch.py).
     compile: generate() compiles its decoding step (torch.compile, fullgraph, static cache); `rows` are the batch sizes that will meet it.
@@ -407,7 +408,7 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     return model
 
 
-def tune_kernels(path: str, rows: Sequence[int] = (1, 4, 16, 64, 256), *, dtype: str = "auto", device: str = "auto", memory: Memory = "keep",
+def tune_kernels(path: str, rows: Sequence[int] = (1, 4, 16, 64, 256), *, dtype: str = "auto", device: str = "auto", memory: Memory = "auto",
                  activations: str | None = None, trust_remote_code: bool = False, show: bool = True) -> list[dict[str, Any]]:  # fmt: skip
     """Measure now what generate() would measure when it meets it, and every tiling of kernels that have several; tune.json remembers (kernels/tune.py).
 

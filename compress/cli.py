@@ -478,7 +478,7 @@ def verify(path: Artifact, trust_remote_code: Remote = False, json_: Json = None
 
 @app.command()
 def tune(path: Artifact, rows: Annotated[str, typer.Option(help="Numbers of rows (tokens of one forward) to measure at")] = "1,4,16,64,256",
-         memory: Annotated[str, typer.Option(help="keep: layers may keep a dense copy; bounded: they may not")] = "keep",
+         memory: Annotated[str, typer.Option(help="Dense copies: auto (layers without a kernel), keep (where fastest), bounded (none)")] = "auto",
          activations: Activations = None, device: Device = "auto", dtype: DType = "auto", trust_remote_code: Remote = False,
          json_: Json = None) -> None:  # fmt: skip
     """Measure the kernels for every layer shape of an artifact now, instead of when generate() first meets it. The fastest are remembered.
@@ -486,8 +486,8 @@ def tune(path: Artifact, rows: Annotated[str, typer.Option(help="Numbers of rows
     compress tune out
     compress tune out --rows 1,16 --activations int8 --json tune.json
     """
-    if memory not in ("keep", "bounded"):
-        raise CompressError(f"--memory {memory}: keep or bounded")
+    if memory not in ("auto", "keep", "bounded"):
+        raise CompressError(f"--memory {memory}: auto, keep or bounded")
     found = api.tune_kernels(path, _numbers(rows, "--rows", "rows, e.g. 1,16"), dtype=dtype, device=device, memory=memory, activations=activations,
                              trust_remote_code=trust_remote_code)  # fmt: skip
     table = Table("format", "shape", "layers", "rows", "kernel", "µs", "others")

@@ -17,10 +17,11 @@ import torch
 
 import compress
 from compress.errors import CompressError
+from compress.kernels import dispatch
 
 
 def measure(path: str, *, new_tokens: int = 64, prompt_tokens: int = 32, dtype: torch.dtype | str | None = None,
-            device: str = "cpu", activations: str | None = None, fuse: bool = False) -> dict:
+            device: str = "cpu", activations: str | None = None, fuse: bool = False, memory: str = "auto") -> dict:
     """{"decode_tokens_per_second", "prefill_tokens_per_second", "peak_bytes", "load_seconds"} of the model at `path`.
 
     Greedy, batch 1, one static prompt; the first run is discarded, the rest are the median of three. peak_bytes is what
@@ -29,7 +30,7 @@ def measure(path: str, *, new_tokens: int = 64, prompt_tokens: int = 32, dtype: 
     command = [sys.executable, "-m", "compress.eval.speed", path, "--new-tokens", str(new_tokens),
                "--prompt-tokens", str(prompt_tokens), "--device", device,
                *(["--dtype", str(dtype).removeprefix("torch.")] if dtype else []),
-               *(["--activations", activations] if activations else []), *(["--fuse"] if fuse else [])]
+               *(["--activations", activations] if activations else []), *(["--fuse"] if fuse else []), "--memory", memory]
     root = str(Path(compress.__file__).parent.parent)      # a bare checkout is importable from its root alone
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     child = subprocess.run(command, env=env, capture_output=True, text=True)
@@ -41,9 +42,9 @@ def measure(path: str, *, new_tokens: int = 64, prompt_tokens: int = 32, dtype: 
 
 @torch.inference_mode()
 def _run(path: str, new_tokens: int, prompt_tokens: int, dtype: torch.dtype | None, device: str, activations: str | None,
-         fuse: bool) -> dict:
+         fuse: bool, memory: dispatch.Memory) -> dict:
     before, start = _resident("VmRSS"), time.perf_counter()
-    model = compress.load(path, dtype=dtype, device=device, activations=activations, fuse=fuse)
+    model = compress.load(path, dtype=dtype, device=device, activations=activations, fuse=fuse, memory=memory)
     load_seconds = time.perf_counter() - start
     accelerator = None if torch.device(device).type == "cpu" else torch.get_device_module(device)
     prompt = torch.arange(prompt_tokens, device=device)[None] % model.config.get_text_config().vocab_size
@@ -85,4 +86,5 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--activations")
     parser.add_argument("--fuse", action="store_true")
+    parser.add_argument("--memory", default="auto")
     print(json.dumps(_run(**vars(parser.parse_args()))))

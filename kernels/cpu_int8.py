@@ -19,16 +19,16 @@ from torch import Tensor
 
 from ..formats import Format, IntGroup
 from . import ops
-from .activations import LARGEST, Rounded, unsigned
+from .activations import Grid, Rounded, quantize
 from .cpu_int import bytes_per_row
 
 
 @dataclass(frozen=True)
 class Packed:
     weight: Tensor  # s8, oneDNN's own layout of [in, out]
-    scales: Tensor  # fp32 [out], divided by `levels`
+    scales: Tensor  # fp32 [out]
     zeros: Tensor  # int64 [out], all 0: what the op calls the weight's zero points
-    levels: float  # 127 or 7, the largest code of an activation
+    grid: Grid  # of the activations
 
 
 def supports(format: Format | Rounded, x: Tensor) -> str | None:
@@ -63,28 +63,28 @@ def prepare(format: Rounded, dtype: torch.dtype = torch.bfloat16) -> Packed:
     """One byte a weight."""
     q, s = integers(format.inner)
     weight = torch.ops.onednn.qlinear_prepack(q, [1, q.shape[1]])
-    return Packed(weight, s / LARGEST[format.grid], torch.zeros(len(s), dtype=torch.int64), LARGEST[format.grid])
+    return Packed(weight, s, torch.zeros(len(s), dtype=torch.int64), format.grid)
 
 
 def _linear(codes: Tensor, scale: float, weight: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise(codes, scale, 128, weight, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
 
 
-def _matmul(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, levels: float, bias: Tensor | None) -> Tensor:
-    largest = x.abs().amax(-1, keepdim=True).float()
-    codes = unsigned(x, largest, levels)
+def _matmul(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
+    codes, token = quantize(x, grid)
+    codes = codes.bitwise_xor_(-128).view(torch.uint8)  # q + 128
     if len(x) == 1 and bias is None and x.dtype == torch.bfloat16:
-        return _linear(codes, largest.item() or 1.0, weight, scales, zeros, x.dtype)
-    y = _linear(codes, 1.0, weight, scales, zeros, torch.float32)
-    return torch.mul(y, largest, out=torch.empty_like(y, dtype=x.dtype)) if bias is None else torch.addcmul(bias, y, largest).to(x.dtype)
+        return _linear(codes, token.item() or 1.0, weight, scales, zeros, x.dtype)
+    y = _linear(codes, 1.0, weight, scales, zeros, torch.float32).mul_(token)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
-op = ops.define("cpu_int8_matmul", "(Tensor x, Tensor weight, Tensor scales, Tensor zeros, float levels, Tensor? bias) -> Tensor",
-                lambda x, weight, scales, zeros, levels, bias: x.new_empty(x.shape[0], scales.shape[0]), CPU=_matmul, MkldnnCPU=_matmul)  # fmt: skip
+op = ops.define("cpu_int8_matmul", "(Tensor x, Tensor weight, Tensor scales, Tensor zeros, str grid, Tensor? bias) -> Tensor",
+                lambda x, weight, scales, zeros, grid, bias: x.new_empty(x.shape[0], scales.shape[0]), CPU=_matmul, MkldnnCPU=_matmul)  # fmt: skip
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [m, in] → [m, out] in x's dtype."""
     if not x.shape[0]:
         return x.new_empty(0, packed.scales.shape[0])
-    return (op if torch.compiler.is_compiling() else _matmul)(x, packed.weight, packed.scales, packed.zeros, packed.levels, bias)
+    return (op if torch.compiler.is_compiling() else _matmul)(x, packed.weight, packed.scales, packed.zeros, packed.grid, bias)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..formats import Format
 from . import ops
-from .activations import LARGEST, Rounded, unsigned
+from .activations import Grid, Rounded, quantize
 from .cpu_int import bytes_per_row
 from .cpu_int8 import integers
 
@@ -18,8 +18,8 @@ from .cpu_int8 import integers
 @dataclass(frozen=True)
 class Packed:
     weight: Tensor  # int8 [in, out], the transposed view of rows: a contiguous [in, out] is three times slower
-    scales: Tensor  # fp32 [out], divided by `levels`
-    levels: float  # 127 or 7, the largest code of an activation
+    scales: Tensor  # fp32 [out]
+    grid: Grid  # of the activations
 
 
 def supports(format: Format | Rounded, x: Tensor) -> str | None:
@@ -32,19 +32,19 @@ def supports(format: Format | Rounded, x: Tensor) -> str | None:
 def prepare(format: Rounded, dtype: torch.dtype = torch.bfloat16) -> Packed:
     """One byte a weight."""
     q, s = integers(format.inner)
-    return Packed(q.contiguous().t(), s / LARGEST[format.grid], LARGEST[format.grid])
+    return Packed(q.contiguous().t(), s, format.grid)
 
 
-def _matmul(x: Tensor, weight: Tensor, scales: Tensor, levels: float, bias: Tensor | None) -> Tensor:
-    largest = x.abs().amax(-1, keepdim=True).float()
-    y = torch._int_mm(unsigned(x, largest, levels).bitwise_xor_(128).view(torch.int8), weight) * largest
-    return torch.mul(y, scales, out=torch.empty_like(y, dtype=x.dtype)) if bias is None else torch.addcmul(bias, y, scales).to(x.dtype)
+def _matmul(x: Tensor, weight: Tensor, scales: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
+    codes, token = quantize(x, grid)
+    y = torch._int_mm(codes, weight).float().mul_(token).mul_(scales)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
-op = ops.define("cpu_int_mm", "(Tensor x, Tensor weight, Tensor scales, float levels, Tensor? bias) -> Tensor",
-                lambda x, weight, scales, levels, bias: x.new_empty(x.shape[0], scales.shape[0]), CPU=_matmul)  # fmt: skip
+op = ops.define("cpu_int_mm", "(Tensor x, Tensor weight, Tensor scales, str grid, Tensor? bias) -> Tensor",
+                lambda x, weight, scales, grid, bias: x.new_empty(x.shape[0], scales.shape[0]), CPU=_matmul)  # fmt: skip
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [m, in] → [m, out] in x's dtype."""
-    return (op if torch.compiler.is_compiling() else _matmul)(x, packed.weight, packed.scales, packed.levels, bias)
+    return (op if torch.compiler.is_compiling() else _matmul)(x, packed.weight, packed.scales, packed.grid, bias)

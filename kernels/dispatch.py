@@ -5,6 +5,7 @@
     parts            a combinator taken apart: x·Aᵀ + x·Bᵀ (each on its columns, for Columns), (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
     kronecker        a transform of the input by two small matrices
     rounded          the input on its grid and back (activations.py), then one of the routes above
+    unrounded        where rounding 16-bit inputs costs more than integers save: the fastest route of the weight alone, which is what is taken and named
     …                one for every kernel of KERNELS
 
 A kernel is a file with three functions, and a line in KERNELS:
@@ -24,7 +25,7 @@ import functools
 import importlib
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -33,17 +34,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats import Columns, Dense, Format, Kronecker, Product, Scaled, Sum, Transformed, build
+from ..formats import Columns, Dense, Format, IntGroup, Kronecker, Product, Scaled, Sum, Transformed, build
 from . import reference, tune
 from .activations import Grid, Rounded, dequantize, quantize, rounded
 
 log = logging.getLogger(__name__)
 Policy = Literal["auto", "dense", "reference"]
-Memory = Literal["keep", "bounded"]  # bounded: no dense copy of a compressed weight outlives a call
+Memory = Literal["auto", "keep", "bounded"]  # dense copies of compressed weights outlive a call: where no kernel takes the codes, where fastest, never
 BUCKETS = (1, 4, 16, 64, 256)  # rows; each is timed at its upper edge, where packed routes gain least, and the last one has no end
 SMALL = 2**17  # a weight of fewer elements is not worth a measurement: dense
 MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
+COPY = 1.25  # and a second repacked copy of a weight, for other numbers of rows, is to be worth its memory
 COMBINATORS = (Sum, Product, Transformed, Scaled, Columns)
+UNROUNDED = "unrounded"
 KERNELS = {  # device → name → file
     "cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
     "cuda": {"triton-int": "triton_int", "triton-fragment": "fragment", "triton-lut": "triton_lut", "triton-trellis": "triton_trellis",
@@ -56,7 +59,7 @@ class How(NamedTuple):
     """How a layer may be multiplied."""
 
     policy: Policy = "auto"
-    memory: Memory = "keep"
+    memory: Memory = "auto"
     activations: Grid | None = None  # None: the input as it is
 
 
@@ -78,7 +81,7 @@ def _as_is(format: Format, dtype: torch.dtype) -> Format:
 
 
 CACHED = Route("dense-cached", lambda format, dtype: format.dequantize(dtype), F.linear)
-STREAMED = Route("dense-streamed", _as_is, lambda x, format, bias: F.linear(x, format.dequantize(x.dtype), bias))
+STREAMED = Route("dense-streamed", _as_is, lambda x, format, bias: _streamed(x, format, bias))
 KRONECKER = Route("kronecker", lambda format, dtype: format.T, lambda x, T, bias: T.apply(x) if bias is None else T.apply(x) + bias)
 REFERENCE = Route("reference", _as_is, lambda x, format, bias: reference.matmul(x, format, bias).to(x.dtype))
 
@@ -90,14 +93,17 @@ def matmul(x: Tensor, format: Format | Callable[[], Format], bias: Tensor | None
     whoever replaces the Format's tensors or moves them to another device.
     """
     cache = {} if cache is None else cache
-    key = bucket(x.numel() // x.shape[-1]), x.dtype, x.requires_grad and torch.is_grad_enabled(), *how
-    route, prepared = cache.get(key) or _open(x.reshape(-1, x.shape[-1]), format() if callable(format) else format, cache, key)
+    shape = x.shape  # a small product takes 20 us: what can be is asked once here, and a matrix is not reshaped
+    key = bucket(x.numel() // shape[-1]), x.dtype, x.requires_grad and torch.is_grad_enabled(), how
+    route, prepared = cache.get(key) or _open(x.reshape(-1, shape[-1]), format() if callable(format) else format, cache, key)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     if route is CACHED:
         return F.linear(x, prepared, bias)
-    y = route.run(x.reshape(-1, x.shape[-1]), prepared, bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    if len(shape) == 2:
+        return route.run(x, prepared, bias)
+    y = route.run(x.reshape(-1, shape[-1]), prepared, bias)
+    return y.view(*shape[:-1], y.shape[-1])
 
 
 def bucket(m: int) -> int:
@@ -109,12 +115,16 @@ def bucket(m: int) -> int:
 
 def _open(x: Tensor, format: Format, cache: dict, key: tuple) -> tuple[Route, Any]:
     """The route and what it prepared, for a kind of call that the cache does not know yet."""
-    grad, how = key[2], How(*key[3:])
+    grad, how = key[2:]
     format = leaf(format, how)  # type: ignore[assignment]
     if torch.compiler.is_compiling() or x.is_meta:  # nothing is measured or kept in a trace, but what eager calls kept is used
         route = CACHED if (CACHED.name, x.dtype) in cache else plain(format, How("dense", "bounded", how.activations))
         return route, _prepared(route, format, x, dict(cache))
-    route = choose(format, x, how._replace(policy="dense") if grad and how.policy == "auto" else how)
+    held = {slot[0] for slot in cache if slot[1:] == (x.dtype,)} if how.memory == "auto" else set()
+    route = choose(format, x, how._replace(policy="dense") if grad and how.policy == "auto" else how, held)
+    if route.name == UNROUNDED:
+        format = format.inner  # type: ignore[attr-defined]
+        route = choose(format, x, how._replace(activations=None), held)
     cache[key] = route, _prepared(route, format, x, cache)
     return cache[key]
 
@@ -128,12 +138,15 @@ def _prepared(route: Route, format: Format, x: Tensor, cache: dict) -> Any:
     return cache[slot]
 
 
-def choose(format: Format | Rounded, x: Tensor, how: How = AUTO) -> Route:
-    """The route for x [m, in]: the only one there is, or the fastest at the edge of m's bucket."""
+def choose(format: Format | Rounded, x: Tensor, how: How = AUTO, held: Collection[str] = ()) -> Route:
+    """The route for x [m, in]: the only one there is, or the fastest at the edge of m's bucket. held: routes whose weight is there already."""
     if how.policy == "reference":
         return REFERENCE
     options = routes(format, x, how)
-    return fastest(options, measured(format, x, options, how)) if worth(format, x, options, how) else options[0]
+    if not worth(format, x, options, how):
+        return options[0]
+    us = measured(format, x, options, how)
+    return fastest(options, {name: t * (COPY if held and name.partition("/")[0] not in held else 1) for name, t in us.items()})
 
 
 def worth(format: Format | Rounded, x: Tensor, options: list[Route], how: How) -> bool:
@@ -159,10 +172,10 @@ def leaf(format: Format, how: How) -> Format | Rounded:
 
 
 def fastest(options: list[Route], us: dict[str, float]) -> Route:
-    """The fastest of what was measured, tilings of kernels included, if it beats the dense route by MARGIN."""
+    """The fastest of what was measured, tilings of kernels included, if it beats the dense route, or unrounded inputs, by MARGIN."""
     every = {route.name: route for route in options} | {route.name: route for option in options for route in option.tilings}
     best = every[min(every.keys() & us, key=lambda name: us[name])]
-    home = next((route for route in options if route is CACHED), options[0])
+    home = next((route for route in options if route is CACHED or route.name == UNROUNDED), options[0])
     return best if us[best.name] * MARGIN <= us[home.name] else home
 
 
@@ -193,14 +206,31 @@ def copied(format: Format | Rounded) -> Format | Rounded:
 
 def routes(format: Format | Rounded, x: Tensor, how: How = AUTO) -> list[Route]:
     """Whatever can run `format` on x, the plain route first."""
+    kernels = [_kernel_route(name, x.device.type, format, x) for name, why in reasons(format, x).items() if why is None]
+    small = format.shape[0] * format.shape[1] < SMALL
+    if how.memory == "auto" and (how.policy == "dense" or small or not packed(format, x)):
+        how = how._replace(memory="keep")
     options = [plain(format, how)]
+    if isinstance(format, Rounded) and x.element_size() == 2:
+        run = functools.partial(_unrounded, how._replace(activations=None))
+        kernels.append(Route(UNROUNDED, lambda rounded, dtype: (rounded.inner, {}), run))
     if isinstance(format, COMBINATORS):
         if how.activations:  # only its leaves know where the input is rounded
             return options
         chain = [factor.shape for factor in format.factors] if isinstance(format, Product) else []
         if how.memory == "keep" and (not chain or sum(a * b for a, b in chain) >= format.shape[0] * format.shape[1]):
             options.append(CACHED)  # written out, unless its factors are the smaller matrices
-    return options + [_kernel_route(name, x.device.type, format, x) for name, why in reasons(format, x).items() if why is None]
+    return options + kernels
+
+
+def packed(format: Format | Rounded, x: Tensor) -> bool:
+    """Does some kernel multiply x by the codes, here or in a part?"""
+    if isinstance(format, Sum | Product):
+        return any(packed(part, x) for part in (format.terms if isinstance(format, Sum) else format.factors))
+    if isinstance(format, Columns):
+        return packed(format.first, x) or packed(format.second, x)
+    inner = isinstance(format, Transformed | Scaled | Rounded) and packed(format.inner, x)
+    return inner or any(why is None for why in reasons(format, x).values())
 
 
 def reasons(format: Format | Rounded, x: Tensor) -> dict[str, str | None]:
@@ -235,6 +265,13 @@ def plain(format: Format | Rounded, how: How) -> Route:
     if isinstance(format, Kronecker):
         return KRONECKER
     return CACHED if how.memory == "keep" else STREAMED
+
+
+def _streamed(x: Tensor, format: Format, bias: Tensor | None) -> Tensor:
+    """Integers slice by slice: memory that is new at every call costs more time than unpacking."""
+    if not isinstance(format, IntGroup):
+        return F.linear(x, format.dequantize(x.dtype), bias)
+    return torch.cat([F.linear(x, W, None if bias is None else bias[at]) for at, W in format.dequantize_slices(x.dtype)], -1)
 
 
 def _parts(format: Format, dtype: torch.dtype) -> list[tuple]:
@@ -273,3 +310,8 @@ def _columns(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
 def _rounded(how: How, x: Tensor, prepared: tuple[Format, Grid, dict], bias: Tensor | None) -> Tensor:
     inner, grid, cache = prepared
     return matmul(dequantize(*quantize(x, grid), x.dtype), inner, bias, cache, how)
+
+
+def _unrounded(how: How, x: Tensor, prepared: tuple[Format, dict], bias: Tensor | None) -> Tensor:
+    inner, cache = prepared
+    return matmul(x, inner, bias, cache, how)

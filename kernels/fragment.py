@@ -23,12 +23,12 @@ from ..formats import Format
 from . import fragment_layout as layout
 from . import ops, prefill, unpack
 from .fragment_weight import Prepared, prepare, supports
+from .tiles import PARTIAL, handed_in, output, shares, total, workspace
 from .unpack import copied, joined, mul, pairs, tables
 
 __all__ = ["Config", "Prepared", "matmul", "prepare", "rule", "supports", "variants"]
 ROWS = 256  # of x
 PROGRAMS = 132 * 5  # that keep enough loads in flight on an H200
-PARTIAL, TILES = 2**22, 2**16  # fp32 partial sums (16 MB) and counters of a workspace
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
                     scale = tl.load(s + g + n).to(tl.float32)[:, None]
                     part = tl.zeros((BN, BM), tl.float32)
                     if sums is not None:
-                        total = tl.load(sums + unit // GROUP * M + m, m < M * (unit % GROUP == 0), 0.0)  # a group is corrected once
-                        part -= tl.load(z + g + n)[:, None] * total[None, :]
+                        xs = tl.load(sums + unit // GROUP * M + m, m < M * (unit % GROUP == 0), 0.0)  # a group is corrected once
+                        part -= tl.load(z + g + n)[:, None] * xs[None, :]
                 if SCALE == "weight":
                     s0, s1 = tl.load(s + g + n0).to(tl.int16, bitcast=True)[:, None], tl.load(s + g + n0 + 8).to(tl.int16, bitcast=True)[:, None]
                     s0, s1 = copied(s0.to(tl.int32), 0, 16, ASM), copied(s1.to(tl.int32), 0, 16, ASM)
@@ -135,29 +135,9 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
         _finish(acc, row, bias, B, u, y, n, m, M, N, RANK, GATED, F32, BN, BM)
     else:
         tile = tl.program_id(2) * tl.num_programs(0) + block
-        cell = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        p = partial + tile * (SPLIT * BN * BM) + cell
-        tl.store(p + split * (BN * BM), acc)
-        tl.debug_barrier()  # all threads have stored before one says so
-        if tl.atomic_add(counter + tile, 1, sem="acq_rel") == SPLIT - 1:
-            acc = tl.zeros((BN, BM), tl.float32)
-            for i in range(SPLIT):
-                acc += tl.load(p + i * (BN * BM), cache_modifier=".cg")
-            tl.store(counter + tile, 0)  # as it was found
-            _finish(acc, row, bias, B, u, y, n, m, M, N, RANK, GATED, F32, BN, BM)
-
-
-@functools.cache
-def _workspace(device: torch.device, stream: int | str) -> tuple[Tensor, Tensor]:
-    """Partial sums and counters, once a device and stream. CUDA graphs of one device share one: no two may run at a time."""
-    return torch.empty(PARTIAL, device=device), torch.zeros(TILES, dtype=torch.int32, device=device)
-
-
-def workspace(x: Tensor) -> tuple[Tensor, Tensor]:
-    if not x.is_cuda:
-        return _workspace(x.device, 0)
-    _workspace(x.device, "graph")  # before the first capture: memory of a graph's pool is not zeroed until that graph runs
-    return _workspace(x.device, "graph" if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(x.device).cuda_stream)
+        p = shares(partial, tile, SPLIT, BN, BM)
+        if handed_in(acc, p, counter + tile, split, SPLIT, BN, BM):
+            _finish(total(p, counter + tile, SPLIT, BN, BM), row, bias, B, u, y, n, m, M, N, RANK, GATED, F32, BN, BM)
 
 
 def widest(p: Prepared) -> int:
@@ -220,7 +200,7 @@ def _launch(x: Tensor, bias: Tensor | None, *rest) -> Tensor:
         return prefill.matmul(x, p, bias)
     x = x if x.stride(-1) == 1 else x.contiguous()
     M, K = x.shape
-    y = torch.empty(M, p.features, dtype=torch.float32 if unpack.INTERPRET else x.dtype, device=x.device)  # the interpreter truncates fp32 → bf16
+    y = output(x, p.features)
     if M:
         N, padded = layout.padded((16 * len(p.words), K))
         config = config or rule(p, M)

@@ -21,6 +21,7 @@ from ..formats import Format
 
 INTERPRET = triton.knobs.runtime.interpret  # fixed when kernels are decorated; its bf16 arithmetic is on raw bits, so operands are cast to fp32
 BN = 64  # rows of W a program: one warpgroup of wgmma
+PARTIAL, TILES = 2**22, 2**16  # fp32 partial sums (16 MB) and counters of a workspace
 
 
 @triton.jit
@@ -44,26 +45,57 @@ def dot(w, x, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
-def finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS: tl.constexpr, SPLIT: tl.constexpr):
+def columns(p, m, k, M, K, EVEN: tl.constexpr):
+    """Xᵀ [k, m] at pointers p, zero outside. EVEN 2: nothing is outside, and without a mask a copy to shared memory costs one instruction; 1: no column is."""
+    if EVEN == 2:
+        return tl.load(p)
+    elif EVEN == 1:
+        return tl.load(p, m[None, :] < M, 0.0)
+    else:
+        return tl.load(p, (m[None, :] < M) & (k[:, None] < K), 0.0)
+
+
+@triton.jit
+def shares(partial, tile, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Where the workspace holds the first share of a tile, fp32 [BN, BM]; the others follow."""
+    return partial + tile * (SPLIT * BN * BM) + (tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :])
+
+
+@triton.jit
+def handed_in(acc, p, arrived, share, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Leave this program's share of a tile in the workspace. True for the last of SPLIT to do so."""
+    tl.store(p + share * (BN * BM), acc)
+    tl.debug_barrier()  # all threads have stored before one says so
+    return tl.atomic_add(arrived, 1, sem="acq_rel") == SPLIT - 1
+
+
+@triton.jit
+def total(p, arrived, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """All shares of a tile, added in their order; the counter is left as it was found."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    for i in range(SPLIT):
+        acc += tl.load(p + i * (BN * BM), cache_modifier=".cg")
+    tl.store(arrived, 0)
+    return acc
+
+
+@triton.jit
+def _write(acc, y, bias, m, n, M, N, BIAS: tl.constexpr):
+    if BIAS:
+        acc += tl.load(bias + n, n < N, 0.0).to(tl.float32)[:, None]
+    tl.store(y + m[None, :].to(tl.int64) * N + n[:, None], acc.to(y.dtype.element_ty), (m[None, :] < M) & (n[:, None] < N))
+
+
+@triton.jit
+def finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
     """acc fp32 [BN, BM], this program's share of rows n of W and rows m of x → y, once all SPLIT shares of the tile are there."""
-    inside = (m[None, :] < M) & (n[:, None] < N)
-    place = m[None, :].to(tl.int64) * N + n[:, None]
-    tile, share = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.program_id(2)
-    last = True
-    if SPLIT > 1:
-        size = M * N
-        tl.store(partial + share * size + place, acc, inside)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        if SPLIT > 1:
-            acc = tl.zeros_like(acc)
-            for i in range(0, SPLIT):
-                acc += tl.load(partial + i * size + place, inside, 0.0, cache_modifier=".cg")
-            tl.store(arrived + tile, 0)
-        if BIAS:
-            acc += tl.load(bias + n, n < N, 0.0).to(tl.float32)[:, None]
-        tl.store(y + place, acc.to(y.dtype.element_ty), inside)
+    if SPLIT == 1:
+        _write(acc, y, bias, m, n, M, N, BIAS)
+    else:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        p = shares(partial, tile, SPLIT, BN, BM)
+        if handed_in(acc, p, arrived + tile, tl.program_id(2), SPLIT, BN, BM):
+            _write(total(p, arrived + tile, SPLIT, BN, BM), y, bias, m, n, M, N, BIAS)
 
 
 def fragments(codes: Tensor, columns: int) -> Tensor:
@@ -79,6 +111,11 @@ def words(fields: Tensor, shifts: Tensor) -> Tensor:
     return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
 
 
+def even(M: int, K: int, const: dict) -> int:
+    """For `columns`, of kernels that take 256 columns an iteration."""
+    return 0 if K % 256 else 1 if M % const["BM"] else 2
+
+
 def rows_of_tile(m: int) -> int:
     """BM: the width of the tensor-core instruction; 16 is the least that keeps weights in registers."""
     return 16 if m <= 16 else 32 if m <= 32 else 64
@@ -89,20 +126,28 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def split(tiles: int, steps: int, device: torch.device) -> int:
-    """Shares of K: some four programs a multiprocessor, no more than there are steps."""
-    return max(1, min(4 * multiprocessors(device) // tiles, steps, 16))
+def split(tiles: int, steps: int, cells: int, device: torch.device) -> int:
+    """Shares of K: some four programs a multiprocessor, no more than there are steps or than the workspace holds of tiles of so many cells."""
+    return max(1, min(4 * multiprocessors(device) // tiles, steps, 16, PARTIAL // (tiles * cells)))
 
 
-def counters(tiles: int, device: torch.device) -> Tensor:
-    """Zero int32 [tiles], which the kernel leaves zero."""
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
+@functools.cache
+def _workspace(device: torch.device, stream: int | str) -> tuple[Tensor, Tensor]:
+    return torch.empty(PARTIAL, device=device), torch.zeros(TILES, dtype=torch.int32, device=device)
 
 
-def output(x: Tensor, N: int, shares: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor | None]:
-    """(y [m, N] in `dtype`, else x's, fp32 shares of it); in the interpreter y is fp32 too, because it truncates to bf16."""
-    y = torch.empty(x.shape[0], N, dtype=torch.float32 if INTERPRET else dtype or x.dtype, device=x.device)
-    return y, torch.empty(shares, x.shape[0], N, dtype=torch.float32, device=x.device) if shares > 1 else None
+def workspace(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Partial sums and counters of tiles, once a device and stream: what runs on one stream runs in turn. CUDA graphs of one device share one: no two
+    may run at a time."""
+    if not x.is_cuda:
+        return _workspace(x.device, 0)
+    _workspace(x.device, "graph")  # before the first capture: memory of a graph's pool is not zeroed until that graph runs
+    return _workspace(x.device, "graph" if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def output(x: Tensor, N: int, dtype: torch.dtype | None = None) -> Tensor:
+    """y [m, N] in `dtype`, else x's; in the interpreter fp32, because it truncates to bf16."""
+    return torch.empty(x.shape[0], N, dtype=torch.float32 if INTERPRET else dtype or x.dtype, device=x.device)
 
 
 def refuses(x: Tensor, format: Format, dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16), least: tuple[int, int] = (8, 0)) -> str | None:

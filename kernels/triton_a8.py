@@ -46,7 +46,7 @@ def _bytes(x, w, sx, sw, bias, y, partial, arrived, M, N, K, padded, BIAS: tl.co
         else:
             acc = tl.dot(v, xt, acc)
     total = acc.to(tl.float32) * tl.load(sw + n)[:, None] * tl.load(sx + m, m < M, 0.0)[None, :]
-    tiles.finish(total, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT)
+    tiles.finish(total, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
 
 
 @triton.jit
@@ -62,16 +62,19 @@ def _signed(w, BN: tl.constexpr):
 
 @triton.jit
 def _nibbles(x, w, sx, sw, bias, y, partial, arrived, M, N, K, groups, rows, BIAS: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
-             REPEAT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """w int32 [rows/16, REPEAT·groups, 8, 16]; sw [groups, rows], a group REPEAT tiles of 64 columns."""
+             REPEAT: tl.constexpr, GROUPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """w int32 [rows/16, REPEAT·groups, 8, 16]; sw [groups, rows], a group REPEAT tiles of 64 columns; [1, rows] unless GROUPED: then integers are summed to
+    the end, which int32 holds for 130,000 columns."""
     m, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     r, c = tl.arange(0, BN // 2), tl.arange(0, 16)
     w += ((tl.program_id(0) * (BN // 16) + r // 8).to(tl.int64) * (REPEAT * groups * 128) + r % 8 * 16)[:, None] + c[None, :]
     x += m[None, :].to(tl.int64) * K
     acc = tl.zeros((BN, BM), tl.float32)
+    part = tl.zeros((BN, BM), tl.float32 if EXACT else tl.int32)
     for group in range(tl.program_id(2), groups, SPLIT):
-        part = tl.zeros((BN, BM), tl.float32 if EXACT else tl.int32)
-        scale = tl.load(sw + group * rows + n).to(tl.float32)
+        if GROUPED:
+            part = tl.zeros((BN, BM), tl.float32 if EXACT else tl.int32)
+            scale = tl.load(sw + group * rows + n).to(tl.float32)
         for i in tl.static_range(REPEAT):
             tile = group * REPEAT + i
             k = tile * 64 + tl.arange(0, 64)[:, None]
@@ -81,16 +84,18 @@ def _nibbles(x, w, sx, sw, bias, y, partial, arrived, M, N, K, groups, rows, BIA
                 part = tl.dot(v.to(tl.float32), xt.to(tl.float32), part, input_precision="ieee")
             else:
                 part = tl.dot(v, xt, part)
-        acc += part.to(tl.float32) * scale[:, None]
+        if GROUPED:
+            acc += part.to(tl.float32) * scale[:, None]
+    if not GROUPED:
+        acc = part.to(tl.float32) * tl.load(sw + n)[:, None]
     acc *= tl.load(sx + m, m < M, 0.0)[None, :]
-    tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT)
+    tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
 
 
 @dataclass(frozen=True)
 class Prepared:
     weight: Tensor  # int8 [rows, in rounded up to BK], FP8 as its bytes; or int32 words of nibbles
     scales: Tensor  # fp32 [rows], or [groups, rows]
-    arrived: Tensor
     repeat: int  # tiles of nibbles a group; 0: bytes
     grid: str  # of the activations
     shape: tuple[int, int]
@@ -126,7 +131,6 @@ def prepare(format: Rounded, dtype: torch.dtype) -> Prepared:
     """Codes minus zero points as bytes, or as signed nibbles in fragment order."""
     leaf, (N, K) = format.inner, format.shape
     rows = (0, -N % BN)
-    arrived = tiles.counters(-(-N // BN), next(iter(leaf.tensors().values())).device)
     if isinstance(leaf, IntGroup) and _nibble(leaf):
         repeat = 2 if leaf.group_size % BK == 0 or leaf.groups == 1 else 1
         columns = NIBBLES * repeat
@@ -134,14 +138,14 @@ def prepare(format: Rounded, dtype: torch.dtype) -> Prepared:
         q = q.view(len(q) // 16, 2, 8, -1, 2, 2, 4, 4).permute(0, 3, 2, 6, 4, 5, 7, 1)  # rt, tile, g, t, k32, k16, byte, h
         words = tiles.words(q, 8 * torch.arange(4)[:, None] + torch.tensor([0, 4])).flatten(3).contiguous()
         scales = leaf.scales.float().T / 16
-        scales = scales.repeat_interleave(-(-(leaf.group_size if leaf.groups > 1 else K) // columns), 0)
-        return Prepared(words, F.pad(scales, rows).contiguous(), arrived, repeat, format.grid, (N, K))
+        scales = scales.repeat_interleave(leaf.group_size // columns, 0) if leaf.groups > 1 else scales
+        return Prepared(words, F.pad(scales, rows).contiguous(), repeat, format.grid, (N, K))
     if isinstance(leaf, FloatBlock):
         q, scales = leaf.codes.view(torch.int8), leaf.factors().expand(N, 1)
     else:
         q, scales = leaf.unpack().float() - leaf.zero_points(), leaf.scales.float()
         q, scales = (2 * q, scales / 2) if leaf.bits_per_code == 1 else (q, scales)  # ±½
-    return Prepared(F.pad(q.to(torch.int8), (0, -K % BK, *rows)).contiguous(), F.pad(scales[:, 0], rows).contiguous(), arrived, 0, format.grid, (N, K))
+    return Prepared(F.pad(q.to(torch.int8), (0, -K % BK, *rows)).contiguous(), F.pad(scales[:, 0], rows).contiguous(), 0, format.grid, (N, K))
 
 
 def launch(m: int) -> dict:
@@ -157,26 +161,26 @@ def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
 
 def multiply(codes: Tensor, sx: Tensor, prepared: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Activations that are quantized already, codes [m, in] and sx fp32 [m, 1], by a norm, a gate or a transform → [m, out] in `dtype`."""
-    return op(codes, sx, prepared.weight, prepared.scales, prepared.arrived, bias, prepared.repeat, *prepared.shape, dtype)
+    return op(codes, sx, prepared.weight, prepared.scales, bias, prepared.repeat, *prepared.shape, dtype)
 
 
-def _launch(codes: Tensor, sx: Tensor, weight: Tensor, scales: Tensor, arrived: Tensor, bias: Tensor | None, repeat: int, N: int, K: int,
+def _launch(codes: Tensor, sx: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, repeat: int, N: int, K: int,
             dtype: torch.dtype) -> Tensor:  # fmt: skip
     M = codes.shape[0]
     const = launch(M)
     grid = triton.cdiv(N, const["BN"]), triton.cdiv(M, const["BM"])
-    steps = len(scales) if repeat else weight.shape[1] // BK
-    shares = tiles.split(grid[0], steps, codes.device) if grid[1] == 1 else 1
-    y, partial = tiles.output(codes, N, shares, dtype)
+    steps = weight.shape[1] // (repeat or BK)
+    shares = tiles.split(grid[0], steps, BN * const["BM"], codes.device) if grid[1] == 1 else 1
+    y, (partial, arrived) = tiles.output(codes, N, dtype), tiles.workspace(codes)
     if M:
         kernel = _nibbles if repeat else _bytes
         shape = (steps, scales.shape[1]) if repeat else (steps * BK,)
-        extra = {"REPEAT": repeat} if repeat else {"FP8": codes.dtype == torch.float8_e4m3fn, "BK": BK}
+        extra = {"REPEAT": repeat, "GROUPED": len(scales) > 1} if repeat else {"FP8": codes.dtype == torch.float8_e4m3fn, "BK": BK}
         kernel[(*grid, shares)](codes.view(torch.int8), weight, sx, scales, bias, y, partial, arrived, M, N, K, *shape, SPLIT=shares,
                                 BIAS=bias is not None, EXACT=tiles.INTERPRET, num_warps=4 if M <= 64 else 8, num_stages=4, **extra, **const)  # fmt: skip
     return y.to(dtype)
 
 
-op = ops.define("a8_matmul", "(Tensor codes, Tensor sx, Tensor weight, Tensor scales, Tensor arrived, Tensor? bias, int repeat, int N, int K, ScalarType dtype)"
-                " -> Tensor", lambda codes, sx, weight, scales, arrived, bias, repeat, N, K, dtype: codes.new_empty(codes.shape[0], N, dtype=dtype),
+op = ops.define("a8_matmul", "(Tensor codes, Tensor sx, Tensor weight, Tensor scales, Tensor? bias, int repeat, int N, int K, ScalarType dtype)"
+                " -> Tensor", lambda codes, sx, weight, scales, bias, repeat, N, K, dtype: codes.new_empty(codes.shape[0], N, dtype=dtype),
                 CPU=_launch, CUDA=_launch)  # fmt: skip

@@ -59,7 +59,7 @@ def _weights(w, stride, a, b, BITS: tl.constexpr, BN: tl.constexpr, DTYPE: tl.co
 
 @triton.jit
 def _matmul(x, w, tables, bias, y, partial, arrived, M, N, K, stride_x, rows, BITS: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr,
-            EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, REPEAT: tl.constexpr):  # fmt: skip
+            EXACT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, COLUMNS: tl.constexpr, REPEAT: tl.constexpr):  # fmt: skip
     """w [rows/16, ceil(K/COLUMNS), planes, 8, 16] int32; tables [registers, rows] int32; grid (rows/BN, ceil(M/BM), SPLIT)."""
     WORDS: tl.constexpr = 3 * 128 if BITS == 3 else 128
     r, c = tl.arange(0, BN // 2), tl.arange(0, 16)
@@ -75,17 +75,16 @@ def _matmul(x, w, tables, bias, y, partial, arrived, M, N, K, stride_x, rows, BI
         for i in tl.static_range(REPEAT):
             tile = step * REPEAT + i
             k = tile * COLUMNS + tl.arange(0, COLUMNS)
-            xt = tl.load(x + m[None, :].to(tl.int64) * stride_x + k[:, None], (m[None, :] < M) & (k[:, None] < K), 0.0)
+            xt = tiles.columns(x + m[None, :].to(tl.int64) * stride_x + k[:, None], m, k, M, K, EVEN)
             v = _weights(w + tl.minimum(tile, steps - 1) * WORDS, 128, a, b, BITS, BN, x.dtype.element_ty)
             acc = tiles.dot(v, xt, acc, EXACT)
-    tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT)
+    tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
 
 
 @dataclass(frozen=True)
 class Prepared:
     words: Tensor  # int32 [rows/16, K tiles, planes, 8, 16]
     tables: Tensor  # int32 [4, rows]: low bytes of the eight entries, then high bytes, four a register
-    arrived: Tensor  # int32 [rows/64], zero between calls
     bits: int
     shape: tuple[int, int]
 
@@ -120,7 +119,7 @@ def prepare(format: Lut, dtype: torch.dtype) -> Prepared:
     table = torch.nn.functional.pad(table.expand(N, -1), (0, 8 - 2**bits, 0, -N % tiles.BN))
     octets = torch.stack([table & 255, table >> 8]).unflatten(2, (-1, 4))  # [low or high, rows, register, 4]
     registers = tiles.words(octets, 8 * torch.arange(4)).movedim(1, 2).flatten(0, 1).contiguous()
-    return Prepared(words, registers, tiles.counters(len(words) * 16 // tiles.BN, words.device), bits, (N, K))
+    return Prepared(words, registers, bits, (N, K))
 
 
 def launch(bits: int, m: int) -> dict:
@@ -129,20 +128,20 @@ def launch(bits: int, m: int) -> dict:
 
 def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
     """x [m, in] bf16 or fp16, m ≤ 64 at best → [m, out], accumulated in fp32."""
-    return op(x, prepared.words, prepared.tables, prepared.arrived, bias, prepared.bits, *prepared.shape)
+    return op(x, prepared.words, prepared.tables, bias, prepared.bits, *prepared.shape)
 
 
-def _launch(x: Tensor, words: Tensor, tables: Tensor, arrived: Tensor, bias: Tensor | None, bits: int, N: int, K: int) -> Tensor:
+def _launch(x: Tensor, words: Tensor, tables: Tensor, bias: Tensor | None, bits: int, N: int, K: int) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     const, rows, M = launch(bits, x.shape[0]), tables.shape[1], x.shape[0]
     grid = rows // const["BN"], triton.cdiv(M, const["BM"])
-    shares = tiles.split(grid[0], triton.cdiv(K, const["COLUMNS"] * const["REPEAT"]), x.device) if grid[1] == 1 else 1
-    y, partial = tiles.output(x, N, shares)
+    shares = tiles.split(grid[0], triton.cdiv(K, const["COLUMNS"] * const["REPEAT"]), const["BN"] * const["BM"], x.device) if grid[1] == 1 else 1
+    y, (partial, arrived) = tiles.output(x, N), tiles.workspace(x)
     if M:
         _matmul[(*grid, shares)](x, words, tables, bias, y, partial, arrived, M, N, K, x.stride(0), rows, BITS=bits, SPLIT=shares,
-                                 BIAS=bias is not None, EXACT=tiles.INTERPRET, num_warps=4, num_stages=4, **const)  # fmt: skip
+                                 BIAS=bias is not None, EXACT=tiles.INTERPRET, EVEN=tiles.even(M, K, const), num_warps=4, num_stages=4, **const)  # fmt: skip
     return y.to(x.dtype)
 
 
-op = ops.define("lut_matmul", "(Tensor x, Tensor words, Tensor tables, Tensor arrived, Tensor? bias, int bits, int N, int K) -> Tensor",
-                lambda x, words, tables, arrived, bias, bits, N, K: x.new_empty(x.shape[0], N), CPU=_launch, CUDA=_launch)  # fmt: skip
+op = ops.define("lut_matmul", "(Tensor x, Tensor words, Tensor tables, Tensor? bias, int bits, int N, int K) -> Tensor",
+                lambda x, words, tables, bias, bits, N, K: x.new_empty(x.shape[0], N), CPU=_launch, CUDA=_launch)  # fmt: skip

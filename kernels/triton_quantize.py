@@ -1,7 +1,7 @@
 """Activations to 8 bits, one scale a token, in the pass over memory that makes them.
 
     y = x      or   x / √(mean x² + ε) · w  (RMSNorm)     or   SiLU(gate) · up
-    s = max|y| / L,   q = ⌊y / s + ½⌋                                         L = 127 (int8), 7 (int4 values in int8), 448 (FP8 E4M3)
+    s = max|y| / L,   q = round(y · 1/s)                                      L = 127 (int8), 7 (int4 values in int8), 448 (FP8 E4M3)
 
 Alone it reads 2 bytes and writes 1 a channel; behind the norm or the gate it replaces their write of 2 and this read of 2. Rounding is
 that of activations.py, which evaluation uses. One program a token; nothing is rounded before s.
@@ -17,10 +17,11 @@ from .activations import LARGEST
 
 
 @triton.jit
-def rounded(y, LARGEST: tl.constexpr, FP8: tl.constexpr):
-    """y / s in fp32 to its grid: integers for the cast to int8; FP8's own cast rounds, only its range is kept."""
+def rounded(y, scale, LARGEST: tl.constexpr, FP8: tl.constexpr):
+    """y to its grid: integers for the cast to int8, half to even, as fp32 has integers only at 1.5·2²³; FP8's own cast rounds, its range is kept."""
+    y *= tl.div_rn(1.0, tl.maximum(scale, 1e-30))
     y = tl.minimum(tl.maximum(y, -LARGEST), LARGEST)
-    return y if FP8 else tl.floor(y + 0.5)
+    return y if FP8 else (y + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def _quantize(x, other, codes, scales, n, stride, eps, KIND: tl.constexpr, LARGE
         y *= tl.load(other + token * stride + k, inside, 0.0).to(tl.float32) / (1 + tl.exp(-y))
     scale = tl.max(tl.abs(y), 0) / LARGEST
     tl.store(scales + token, scale)
-    q = rounded(y / tl.maximum(scale, 1e-30), LARGEST, FP8)
+    q = rounded(y, scale, LARGEST, FP8)
     tl.store(codes + token * n + k, q.to(codes.dtype.element_ty), inside)
 
 

@@ -96,7 +96,7 @@ def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, r
                     _half(patterns >> 16, low, high, z0, z1, p, 1, INT4, x.dtype.element_ty))  # fmt: skip
         # [rt·g, t·word, e, kk, h, i, half] → [rt, h, g] × [word, half, i, kk, t, e]
         v = v.reshape(BN // 16, 8, 4, 4, 2, 2, 2, 2, 2).permute(0, 6, 1, 3, 8, 7, 5, 2, 4).reshape(BN, 256)
-        xt = tl.load(xp + tile * 256, m[None, :] < M if EVEN else (m[None, :] < M) & (tile * 256 + column[:, None] < K), 0.0)
+        xt = tiles.columns(xp + tile * 256, m, tile * 256 + column, M, K, EVEN)
         if PER_TILE:
             part = tiles.dot(v, xt, tl.zeros((BN, BM), tl.float32), EXACT)
             acc += part * tl.load(scales + tile * rows + n).to(tl.float32)[:, None]
@@ -104,7 +104,7 @@ def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, r
             acc = tiles.dot(v, xt, acc, EXACT)
     if SCALED and not PER_TILE:
         acc *= tl.load(scales + n).to(tl.float32)[:, None]
-    tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT)
+    tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ class Prepared:
     words: Tensor  # int32 [rows/16, K tiles, planes, 8, 16]
     scales: Tensor | None  # [1 or K tiles, rows]
     zeros: Tensor | None  # int32 [1 or K tiles, rows], 128 + z as a pair of bf16
-    arrived: Tensor
     shape: tuple[int, int]
 
 
@@ -168,7 +167,7 @@ def prepare(format: Sparse24, dtype: torch.dtype) -> Prepared:
         planes = list(order(kept).flatten(5).unbind(-1))
     planes.append(tiles.words(order(pattern), 4 * eight))
     words = torch.stack([p.flatten(3) for p in planes], 2).contiguous()
-    return Prepared(words, scales, zeros, tiles.counters(2 * len(words) * 16 // tiles.BN, words.device), (N, K))
+    return Prepared(words, scales, zeros, (N, K))
 
 
 def launch(m: int) -> dict:
@@ -177,21 +176,22 @@ def launch(m: int) -> dict:
 
 def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
     """x [m, in] → [m, out] in its dtype, accumulated in fp32."""
-    return op(x, prepared.words, prepared.scales, prepared.zeros, prepared.arrived, bias, *prepared.shape)
+    return op(x, prepared.words, prepared.scales, prepared.zeros, bias, *prepared.shape)
 
 
-def _launch(x: Tensor, words: Tensor, scales: Tensor | None, zeros: Tensor | None, arrived: Tensor, bias: Tensor | None, N: int, K: int) -> Tensor:
+def _launch(x: Tensor, words: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, N: int, K: int) -> Tensor:
     x, M = x if x.stride(1) == 1 else x.contiguous(), x.shape[0]
     const = launch(M)
     grid = triton.cdiv(N, const["BN"]), triton.cdiv(M, const["BM"])
-    shares = tiles.split(grid[0] * grid[1], triton.cdiv(K, COLUMNS), x.device) if grid[1] <= 2 else 1
-    y, partial = tiles.output(x, N, shares)
+    shares = tiles.split(grid[0] * grid[1], triton.cdiv(K, COLUMNS), const["BN"] * const["BM"], x.device) if grid[1] <= 2 else 1
+    y, (partial, arrived) = tiles.output(x, N), tiles.workspace(x)
     if M:
         _matmul[(*grid, shares)](x, words, scales, zeros, bias, y, partial, arrived, M, N, K, x.stride(0), grid[0] * const["BN"],
-                                 INT4=zeros is not None, SCALED=scales is not None, PER_TILE=scales is not None and len(scales) > 1, EVEN=K % COLUMNS == 0,
-                                 BIAS=bias is not None, SPLIT=shares, EXACT=tiles.INTERPRET, num_warps=4, num_stages=3, **const)  # fmt: skip
+                                 INT4=zeros is not None, SCALED=scales is not None, PER_TILE=scales is not None and len(scales) > 1,
+                                 EVEN=tiles.even(M, K, const), BIAS=bias is not None, SPLIT=shares, EXACT=tiles.INTERPRET, num_warps=4, num_stages=3,
+                                 **const)  # fmt: skip
     return y.to(x.dtype)
 
 
-op = ops.define("sparse24_matmul", "(Tensor x, Tensor words, Tensor? scales, Tensor? zeros, Tensor arrived, Tensor? bias, int N, int K) -> Tensor",
-                lambda x, words, scales, zeros, arrived, bias, N, K: x.new_empty(x.shape[0], N), CPU=_launch, CUDA=_launch)  # fmt: skip
+op = ops.define("sparse24_matmul", "(Tensor x, Tensor words, Tensor? scales, Tensor? zeros, Tensor? bias, int N, int K) -> Tensor",
+                lambda x, words, scales, zeros, bias, N, K: x.new_empty(x.shape[0], N), CPU=_launch, CUDA=_launch)  # fmt: skip

@@ -83,7 +83,7 @@ def _matmul(x, words, luts, info, columns, steps, y, partial, arrived, M, N, til
         xt = tl.load(x + m[None, :].to(tl.int64) * stride_x + column[:, None], (m[None, :] < M) & (step[:, None] > 0), 0.0).to(tl.float32) * step[:, None]
         v = _tile(words, luts, info, tile, start, N, BN // 8, LENGTH, COLUMNS, EXACT)
         acc = tiles.dot(tl.trans(v), xt if EXACT else xt.to(v.dtype), acc, EXACT)
-    tiles.finish(acc, y, y, partial, arrived, m, _outputs(start + tl.arange(0, BN), LENGTH), M, N, False, SPLIT)
+    tiles.finish(acc, y, y, partial, arrived, m, _outputs(start + tl.arange(0, BN), LENGTH), M, N, False, SPLIT, BN, BM)
 
 
 @triton.jit
@@ -104,7 +104,6 @@ class Prepared:
     columns: Tensor  # int32 [tiles·COLUMNS]: the input that a column multiplies
     steps: Tensor  # fp32 [tiles·COLUMNS]: its scale; 0 where a tile is filled up
     inverse: triton_transform.Prepared  # of the outputs
-    arrived: Tensor
     length: int
 
 
@@ -150,17 +149,16 @@ def prepare(format: Trellis, dtype: torch.dtype) -> Prepared:
     T = Kronecker.hadamard(N, format.seed)
     inverse = triton_transform.prepared(Kronecker(T.left.to(device), T.right.to(device), T.diagonal.to(device)).T, torch.float32)  # H is orthogonal
     as_int = lambda rows: torch.tensor(rows, dtype=torch.int32, device=device)
-    return Prepared(torch.cat(words), luts, as_int(info), torch.cat(columns).int(), torch.cat(steps).float(), inverse,
-                    tiles.counters(triton.cdiv(N, BN), device), length)  # fmt: skip
+    return Prepared(torch.cat(words), luts, as_int(info), torch.cat(columns).int(), torch.cat(steps).float(), inverse, length)
 
 
 def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
     """x [m, in] bf16 or fp16 → [m, out]."""
     p, T = prepared, prepared.inverse
-    return op(x, p.words, p.luts, p.info, p.columns, p.steps, p.arrived, T.left, T.right, T.diagonal, bias, p.length, T.a, T.b)
+    return op(x, p.words, p.luts, p.info, p.columns, p.steps, T.left, T.right, T.diagonal, bias, p.length, T.a, T.b)
 
 
-def _run(x: Tensor, words: Tensor, luts: Tensor, info: Tensor, columns: Tensor, steps: Tensor, arrived: Tensor, left: Tensor | None, right: Tensor,
+def _run(x: Tensor, words: Tensor, luts: Tensor, info: Tensor, columns: Tensor, steps: Tensor, left: Tensor | None, right: Tensor,
          diagonal: Tensor, bias: Tensor | None, length: int, a: int, b: int) -> Tensor:  # fmt: skip
     x, M, N, tiles_of_k = x if x.stride(1) == 1 else x.contiguous(), x.shape[0], a * b, len(info)
     y = torch.empty(M, N, device=x.device)
@@ -174,10 +172,10 @@ def _run(x: Tensor, words: Tensor, luts: Tensor, info: Tensor, columns: Tensor, 
                                                           COLUMNS=COLUMNS, num_warps=4)  # fmt: skip
             y[:, first : first + count] = scaled @ V
     elif M:
-        shares = tiles.split(len(arrived), tiles_of_k, x.device)
-        partial = torch.empty(shares, M, N, device=x.device) if shares > 1 else None
-        _matmul[(len(arrived), 1, shares)](x, words, luts, info, columns, steps, y, partial, arrived, M, N, tiles_of_k, x.stride(0), SPLIT=shares,
-                                           LENGTH=length, EXACT=tiles.INTERPRET, num_warps=4, num_stages=3, **launch(M))  # fmt: skip
+        const, tiles_of_n = launch(M), triton.cdiv(N, BN)
+        shares, (partial, arrived) = tiles.split(tiles_of_n, tiles_of_k, BN * const["BM"], x.device), tiles.workspace(x)
+        _matmul[(tiles_of_n, 1, shares)](x, words, luts, info, columns, steps, y, partial, arrived, M, N, tiles_of_k, x.stride(0), SPLIT=shares,
+                                           LENGTH=length, EXACT=tiles.INTERPRET, num_warps=4, num_stages=3, **const)  # fmt: skip
     return transform(y, triton_transform.Prepared(left, right, diagonal, True, a, b), bias, dtype=x.dtype)  # type: ignore[return-value]
 
 
@@ -185,6 +183,6 @@ def launch(m: int) -> dict:
     return {"BM": tiles.rows_of_tile(m), "BN": BN, "COLUMNS": COLUMNS}
 
 
-op = ops.define("trellis_matmul", "(Tensor x, Tensor words, Tensor luts, Tensor info, Tensor columns, Tensor steps, Tensor arrived, Tensor? left, Tensor right,"
+op = ops.define("trellis_matmul", "(Tensor x, Tensor words, Tensor luts, Tensor info, Tensor columns, Tensor steps, Tensor? left, Tensor right,"
                 " Tensor diagonal, Tensor? bias, int length, int a, int b) -> Tensor", lambda x, *args: x.new_empty(x.shape[0], args[-2] * args[-1]),
                 CPU=_run, CUDA=_run)  # fmt: skip

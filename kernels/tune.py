@@ -14,6 +14,7 @@ import logging
 import operator
 import os
 import platform
+import random
 import re
 import statistics
 import tempfile
@@ -40,11 +41,14 @@ def race(runs: Runs, device: torch.device, seconds: float = 0.2, twins: Runs | N
     for run in (*runs.values(), *(twins or {}).values()):
         run()
     deadline = time.perf_counter() + seconds * len(runs)
+    pairs, order = {name: [run, twins[name]] if twins else [run, None] for name, run in runs.items()}, random.Random(0)
     for turn in itertools.count():
         if turn >= 5 and time.perf_counter() > deadline:
             return {name: statistics.median(us) for name, us in samples.items()}
-        for name, run in runs.items():
-            samples[name].append(_once_us(run, twins[name] if twins else None, flush))
+        for name in order.sample(list(runs), len(runs)):  # what ran before has its share in a time: it is another every turn
+            samples[name].append(_once_us(*pairs[name], flush))  # type: ignore[arg-type]
+            if twins:
+                pairs[name].reverse()  # and so has where the copy lies in memory
 
 
 def _once_us(run: Callable[[], object], twin: Callable[[], object] | None, flush: torch.Tensor) -> float:

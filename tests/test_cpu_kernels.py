@@ -94,7 +94,7 @@ def test_opcheck():
     """Not of cpu_int8's op: opcheck asks oneDNN's layout for its storage. The traces below run it."""
     x, b = inputs(2, 64, BF16), cpu_int_mm.prepare(Rounded(make(16, 64, 8, 64), "int8"))
     for bias in (None, inputs(1, 16, BF16)[0]):
-        torch.library.opcheck(cpu_int_mm.op, (x, b.weight, b.scales, b.levels, bias))
+        torch.library.opcheck(cpu_int_mm.op, (x, b.weight, b.scales, b.grid, bias))
 
 
 @pytest.fixture
@@ -124,11 +124,43 @@ def test_a_trace_takes_the_routes_that_were_chosen(quick, format, how, winner):
     assert torch.equal(compiled(x), eager) and set(cache) == before
 
 
+def test_inputs_are_not_rounded_where_that_is_slower(quick):
+    """The weight's own fastest route, without a detour; fp32 is rounded whatever it costs, and so is the dense policy's input."""
+    quick.clear()
+    quick.update(("unrounded", "cpu-pack"))
+    format, x, cache = make(64, 128, 8, 128), inputs(2, 128, BF16), {}
+    y = dispatch.matmul(x, format, None, cache, How(activations="int8"))
+    assert torch.equal(y, dispatch.matmul(x, format)) and {v[0].name for k, v in cache.items() if len(k) > 2} == {"cpu-pack"}
+    quick.discard("cpu-pack")
+    cache = {}
+    dispatch.matmul(inputs(100, 128, BF16), make(64, 128, 4, 64), None, cache, How(activations="int8"))  # a weight of groups has no integer kernel here
+    assert not any(isinstance(v, torch.Tensor) for v in cache.values())
+    for z, how in ((x, How("dense", activations="int8")), (x.float(), How(activations="int8"))):
+        exact = reference.matmul(z, Rounded(format, "int8"), dtype=torch.float64)
+        assert error(dispatch.matmul(z, format, None, {}, how), exact) < 2**-7
+
+
+def test_a_second_copy_has_to_be_worth_its_memory(quick, monkeypatch):
+    format, us = make(64, 128, 8, 128), {1: {"cpu-int8": 11.0, "cpu-int-mm": 10.0}, 16: {"cpu-int8": 10.0}}
+    monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: {n: us[len(runs["cpu-int8"].args[0])].get(n, 100.0) for n in runs})
+
+    def names(**how):
+        cache: dict = {}
+        for m in (16, 1):
+            dispatch.matmul(inputs(m, 128, BF16), format, None, cache, How(activations="int8", **how))
+        return [v[0].name for k, v in cache.items() if len(k) > 2]
+
+    assert names() == ["cpu-int8", "cpu-int8"] and names(memory="keep") == ["cpu-int8", "cpu-int-mm"]
+
+
 def test_hysteresis_keeps_dense_unless_another_is_clearly_faster():
     options = [dispatch.CACHED, dispatch.Route("a", None, None, (dispatch.Route("a/wide", None, None),))]
     pick = lambda **us: dispatch.fastest(options, {name.replace("_", "/"): t for name, t in us.items()} | {"dense-cached": 100.0}).name
     assert pick(a=97.0) == "dense-cached" and pick(a=90.0) == "a"
     assert pick(a=90.0, a_wide=50.0) == "a/wide" and pick(a=101.0, other=1.0) == "dense-cached"
+    options = [dispatch.Route(name, None, None) for name in ("rounded", "cpu-int8", "unrounded")]
+    pick = lambda us: dispatch.fastest(options, {"rounded": 200.0, "unrounded": 100.0, "cpu-int8": us}).name
+    assert pick(97.0) == "unrounded" and pick(90.0) == "cpu-int8"
 
 
 def test_tables_that_ship_are_read_and_not_written_back(tmp_path, monkeypatch):
@@ -237,6 +269,6 @@ def test_activations_are_refused_and_measured(artifact):
 def test_tune_tells_every_route(artifact, quick, capsys):
     found = compress.tune_kernels(str(artifact / "w4"), (1, 4), device="cpu", show=False)
     assert {r["route"] for r in found} == {"cpu-pack"} and {r["rows"] for r in found} == {1, 4} and sum(r["layers"] for r in found if r["rows"] == 1) == 14
-    assert found[0]["us"] == {"dense-cached": 100.0, "cpu-pack": 1.0} and "not rounded" in found[0]["refused"]["cpu-int8"]
+    assert found[0]["us"] == {"dense-streamed": 100.0, "cpu-pack": 1.0} and "not rounded" in found[0]["refused"]["cpu-int8"]
     with pytest.raises(CompressError, match="no compressed layers"):
         compress.tune_kernels(str(artifact / "model"), device="cpu")

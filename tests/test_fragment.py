@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import sass
 
 from compress.formats import Dense, FloatBlock, Format, IntGroup, Lut, Product, Sum
-from compress.kernels import fragment, prefill, reference, unpack
+from compress.kernels import fragment, prefill, reference, tiles, unpack
 from compress.kernels import fragment_layout as layout
 from compress.kernels.fragment import Config
 
@@ -192,7 +192,7 @@ def test_split_sums_are_added_in_one_order():
         config = Config(64, 16, split, 2, 3)
         ys.append(fragment.matmul(x, p, config=config))
         assert all(torch.equal(fragment.matmul(x, p, config=config), ys[-1]) for _ in range(3))
-        assert not fragment.workspace(x)[1].any()  # counters are left as they were found
+        assert not tiles.workspace(x)[1].any()  # counters are left as they were found
     assert error(ys[1], ys[0].double()) < 2**-8 and error(ys[2], ys[0].double()) < 2**-8
 
 
@@ -234,9 +234,9 @@ def test_the_rule_and_its_rivals_fit_the_kernel():
                 for scale in ("channel", "group"):
                     p = fragment.Prepared(torch.empty(N // 16, 0), *[None] * 6, kind, scale, 128, 0, (0, 0), False, False, (N, K))
                     c = fragment.rule(p, m)
-                    const, tiles = fragment.constants(p, m, c), N // c.bn * -(-m // c.bm)
+                    const, programs = fragment.constants(p, m, c), N // c.bn * -(-m // c.bm)
                     assert N % c.bn == 0 and layout.COLUMNS % (layout.UNIT * const["STEP"]) == 0 and const["STEP"] % const["PART"] == 0
-                    assert c.split == 1 or (tiles * c.split * c.bn * c.bm <= fragment.PARTIAL and tiles <= fragment.TILES and c.split <= max(1, K // 256))
+                    assert c.split == 1 or (programs * c.split * c.bn * c.bm <= tiles.PARTIAL and programs <= tiles.TILES and c.split <= max(1, K // 256))
     assert len(fragment.variants(FORMATS["int4"], inputs(3, 256))) >= 12
 
 

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernel is decorated, so before the import below
 pytest.importorskip("triton")
 
-from compress.formats import Dense, IntGroup, Product, Scaled, Sum, Transformed
+from compress.formats import Dense, IntGroup, Lut, Product, Scaled, Sum, Transformed
 from compress.kernels import bench, cpu_int, dispatch, reference, triton_int, tune
 from compress.kernels.dispatch import How
 
@@ -228,10 +228,11 @@ def test_the_fastest_route_is_taken_and_dense_when_packing_is_slower(races):
     races.us = {"cpu-pack": 10.0}
     format, cache = make(**BIG), {}
     x = inputs(2, 512, BF16)
-    assert error(dispatch.matmul(x, format, None, cache), reference.matmul(x, format, dtype=torch.float64)) < 2**-7
+    keep = How(memory="keep")
+    assert error(dispatch.matmul(x, format, None, cache, keep), reference.matmul(x, format, dtype=torch.float64)) < 2**-7
     assert route_of(cache, 2) == "cpu-pack" and races == [{"dense-cached", "cpu-pack"}]
     races.us = {"cpu-pack": 1000.0}
-    dispatch.matmul(inputs(40, 512, BF16), format, None, cache)
+    dispatch.matmul(inputs(40, 512, BF16), format, None, cache, keep)
     assert route_of(cache, 40) == "dense-cached"
 
 
@@ -242,7 +243,7 @@ def test_measured_once_across_calls_modules_and_processes(races, cache_folder):
             dispatch.matmul(inputs(m, 512, BF16), format, None, cache)
     assert len(races) == 1
     table, written = json.loads(file.read_text()), file.stat().st_mtime_ns
-    assert list(table.values()) == [{"dense-cached": 100.0, "cpu-pack": 100.0}]
+    assert list(table.values()) == [{"dense-streamed": 100.0, "cpu-pack": 100.0}]
     tune.memory.cache_clear()  # a new process
     dispatch.matmul(inputs(4, 512, BF16), format, None, {})
     assert len(races) == 1 and file.stat().st_mtime_ns == written
@@ -301,13 +302,25 @@ def test_dense_policy_is_the_dequantized_matrix_in_every_dtype(races):
     assert not races
 
 
-def test_bounded_memory_keeps_no_dense_copy(races):
-    format, cache = make(**BIG), {}
-    for m in (1, 100):
-        dispatch.matmul(inputs(m, 512, BF16), format, None, cache, How(memory="bounded"))
-    dispatch.matmul(inputs(2, 512), format, None, cache, How(memory="bounded"))
-    assert races[0] == {"dense-streamed", "cpu-pack"}
-    assert not [value for value in cache.values() if isinstance(value, torch.Tensor)]
+@pytest.mark.parametrize("memory", ["auto", "bounded"])
+def test_where_a_kernel_takes_the_codes_no_dense_copy_is_kept(races, memory):
+    low_rank = Product((Dense(inputs(512, 8)), Dense(inputs(8, 512))))
+    for format in (make(**BIG), Sum((make(**BIG), low_rank)), Scaled(make(**BIG), inputs(1, 512)[0])):
+        cache: dict = {}
+        for m in (1, 100):
+            dispatch.matmul(inputs(m, 512, BF16), format, None, cache, How(memory=memory))
+        assert races[0] == {"dense-streamed", "cpu-pack"}
+        assert not [value for value in cache.values() if isinstance(value, torch.Tensor)]
+
+
+def test_where_none_does_or_the_weight_is_small_a_copy_is_kept_unless_bounded(races):
+    nf4 = Lut.pack(make(**BIG).unpack(), torch.arange(16.0)[None], torch.ones(512, 8), "nf4")
+    for format, plain in ((nf4, "dense-streamed"), (Sum((nf4, nf4)), "parts"), (make(64, 64, 4, 64), "dense-streamed")):
+        races.us = {"dense-cached": 1.0}
+        for memory, route in (("auto", "dense-cached"), ("bounded", plain)):
+            cache: dict = {}
+            dispatch.matmul(inputs(1, format.shape[1], BF16), format, None, cache, How(memory=memory))
+            assert route_of(cache, 1) == route
 
 
 def test_small_weights_and_lone_routes_are_not_measured(races):
@@ -343,11 +356,11 @@ def test_combinators(races, name, winner):
     races.us = {winner: 1.0, "cpu-pack": 2.0}
     format, bias = combinators()[name], inputs(1, 512)[0]
     for dtype, limit in ((FP32, 2e-6), (BF16, 2**-6)):
-        for how in (How(), How("dense"), How(memory="bounded")):
+        for how in (How(), How("dense"), How(memory="keep"), How(memory="bounded")):
             x, cache = inputs(3, 512, dtype).view(1, 3, 512), {}
             y = dispatch.matmul(x, format, bias, cache, how)
             assert y.shape == (1, 3, 512) and error(y, reference.matmul(x, format, bias, torch.float64)) < limit
-            if dtype == BF16 and how == How():
+            if dtype == BF16 and how == How(memory="keep"):
                 assert route_of(cache, 3) == ("parts" if "product" in name and "wide" not in name else winner)
 
 
@@ -405,7 +418,7 @@ def test_bench_reports_every_path(monkeypatch, capsys, cache_folder):
     monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--json", str(file), "--write", str(document)])
     bench.main()
     result = json.loads(file.read_text())
-    assert len(result["rows"]) == 2 * (1 + len(bench.FORMATS)) and not result["notes"]
+    assert len(result["rows"]) == 2 * (2 + len(bench.FORMATS)) and not result["notes"]
     assert all(r["speedup"] == 1 and (r["path"] == bench.DENSE or (r["error"] < 0.01 and r["kernel"])) for r in result["rows"])
     text = document.read_text()
     assert capsys.readouterr().out.strip() in text and "Above." in text and "Below." in text and "old" not in text and text.count("bench cpu") == 2

@@ -45,7 +45,7 @@ def test_lut(bits):
         prepared = triton_lut.prepare(format, dtype)
         y, exact = triton_lut.matmul(x, prepared, bias), reference.matmul(x, format, bias, torch.float64)
         assert y.dtype == dtype and error(y, exact) < ROUNDING[dtype], (N, K, M)
-        assert torch.equal(y, triton_lut.matmul(x, prepared, bias)) and not prepared.arrived.any()
+        assert torch.equal(y, triton_lut.matmul(x, prepared, bias)) and not tiles.workspace(x)[1].any()
 
 
 def test_lut_takes_its_bits():
@@ -83,7 +83,7 @@ def test_trellis(N, n, L, length):
         y, exact = triton_trellis.matmul(x, prepared, bias), reference.matmul(x, format, bias, torch.float64)
         dense = torch.nn.functional.linear(x, format.dequantize(dtype), bias)
         assert y.dtype == dtype and error(y, exact) < max(1.5 * error(dense, exact), ROUNDING[dtype]), M
-        assert torch.equal(y, triton_trellis.matmul(x, prepared, bias)) and not prepared.arrived.any()
+        assert torch.equal(y, triton_trellis.matmul(x, prepared, bias)) and not tiles.workspace(x)[1].any()
 
 
 def test_trellis_says_why_not():
@@ -116,12 +116,12 @@ def one_row(spec, m):
 def lut_spec(bits, m):
     types = {"x": "*bf16", "w": "*i32", "tables": "*i32", "bias": "*bf16", "y": "*bf16", "partial": "*fp32", "arrived": "*i32"} | dict.fromkeys(
         ("M", "N", "K", "stride_x", "rows"), "i32")  # fmt: skip
-    constants = {"BITS": bits, "BIAS": True, "SPLIT": 4, "EXACT": False} | triton_lut.launch(bits, m)
+    constants = {"BITS": bits, "BIAS": True, "SPLIT": 4, "EXACT": False, "EVEN": 2 if m == 64 else 1} | triton_lut.launch(bits, m)
     return one_row(sass.Spec("compress.kernels.triton_lut", "_matmul", types, constants, aligned=("K", "N", "stride_x", "rows"), num_stages=4), m)
 
 
 def test_lut_compiles_without_spills_to_few_instructions():
-    cases = [(2, 1, 2.6), (3, 64, 3.4)]
+    cases = [(2, 1, 2.5), (3, 64, 2.7)]
     for (bits, m, limit), kernel in zip(cases, sass.compile_all([lut_spec(bits, m) for bits, m, _ in cases]), strict=True):
         columns = triton_lut.launch(bits, m)["COLUMNS"] * triton_lut.launch(bits, m)["REPEAT"]
         print(bits, m, kernel.per_weight(columns * tiles.BN / 128), kernel.registers, kernel.shared, kernel.mix.most_common(12))

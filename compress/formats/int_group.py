@@ -10,6 +10,7 @@ chosen, so nothing is ever rounded twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from ..errors import CompressError
 from . import packing
 from .base import Format
+
+SLICE = 2**19  # weights that are dequantized at a time
 
 
 def symmetric_zero(bits: int, levels: int) -> float:
@@ -70,10 +73,10 @@ class IntGroup(Format):
     def groups(self) -> int:
         return self.shape[1] // self.group_size
 
-    def unpack(self) -> Tensor:
-        """uint8 codes [out, in]."""
-        n = self.shape[1]
-        return packing.unpack_trits(self.codes, n) if self.levels == 3 else packing.unpack_rows(self.codes, n, self.bits_per_code)
+    def unpack(self, rows: slice = slice(None)) -> Tensor:
+        """uint8 codes [out, in], or some rows of them."""
+        codes, n = self.codes[rows], self.shape[1]
+        return packing.unpack_trits(codes, n) if self.levels == 3 else packing.unpack_rows(codes, n, self.bits_per_code)
 
     def zero_points(self) -> Tensor:
         """fp32 [out, groups]."""
@@ -85,9 +88,24 @@ class IntGroup(Format):
         count = self.shape[0] * self.groups
         return packing.unpack_bytes(self.zeros[None], count, self.bits_per_code).view(self.shape[0], self.groups).float()
 
+    def slices(self) -> list[slice]:
+        """Rows that are dequantized at a time: on CPU so few that what is between codes and result stays in the cache."""
+        out, n = self.shape
+        rows = max(1, SLICE // n) if self.codes.device.type == "cpu" and not torch.compiler.is_compiling() else out
+        return [slice(i, i + rows) for i in range(0, out, rows)]
+
+    def dequantize_slices(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight slice by slice, each element rounded once from fp32."""
+        zeros = self.zero_points()[:, :, None]
+        for at in self.slices():
+            q = self.unpack(at).view(-1, self.groups, self.group_size).float()
+            yield at, q.sub_(zeros[at]).mul_(self.scales[at].float()[:, :, None]).view(-1, self.shape[1]).to(dtype)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        q = self.unpack().view(self.shape[0], self.groups, self.group_size).float()
-        return q.sub_(self.zero_points()[:, :, None]).mul_(self.scales.float()[:, :, None]).view(self.shape).to(dtype)
+        W = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for at, part in self.dequantize_slices(dtype):
+            W[at] = part
+        return W
 
     def tensors(self) -> dict[str, Tensor]:
         kept = {"codes": self.codes, "scales": self.scales}

@@ -30,16 +30,24 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bytes(packed: Tensor, n: int, bits: int) -> Tensor:
     """The inverse of pack_bytes: uint8 [rows, n]."""
+    if bits == 8:
+        return packed[:, :n].contiguous()
     rows = packed.shape[0]
     step = lcm(8, bits) // bits
     width = step * bits // 8
+    if width == 1:  # a byte's codes are spread over as many bytes by halves: the upper half of each run moves up to where its bytes begin
+        wide = packed.to({2: torch.int16, 4: torch.int32, 8: torch.int64}[step], memory_format=torch.contiguous_format)
+        run = 8
+        while run > bits:
+            run //= 2
+            apart = 8 * run // bits
+            wide = (wide | wide << (apart - run)) & sum((2**run - 1) << i for i in range(0, 8 * step, apart))
+        return wide.view(torch.uint8)[:, :n].contiguous()
     octets = torch.nn.functional.pad(packed, (0, -packed.shape[1] % width)).view(rows, -1, width)
-    if bits == 8:
-        return octets.reshape(rows, -1)[:, :n].contiguous()
-    stream = torch.zeros(octets.shape[:2], dtype=torch.int64, device=packed.device)
+    stream = torch.zeros(octets.shape[:2], dtype=torch.int32 if width < 4 else torch.int64, device=packed.device)
     for i in range(width):
-        stream |= octets[:, :, i].to(torch.int64) << (8 * i)
-    codes = torch.stack([(stream >> (j * bits)) & (2**bits - 1) for j in range(step)], dim=-1).to(torch.uint8)
+        stream |= octets[:, :, i].to(stream.dtype) << (8 * i)
+    codes = torch.stack([((stream >> (j * bits)) & (2**bits - 1)).to(torch.uint8) for j in range(step)], dim=-1)
     return codes.reshape(rows, -1)[:, :n].contiguous()
 
 

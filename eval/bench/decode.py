@@ -1,8 +1,9 @@
-"""python -m compress.eval.bench.decode [--folder DIR] [--blocks 22] [--new-tokens 32]: tokens/s of a 1.1B model as bf16, int4 and W8A8, in one run.
+"""python -m compress.eval.bench.decode [--folder DIR] [--blocks 22] [--new-tokens 16]: tokens/s of a 1.1B model as bf16, int4 and W8A8, in one run.
 
-A random Llama of TinyLlama-1.1B's shape (eval/bench/memory.py) is rounded to nearest twice, int4 in groups of 128 and int8 per channel, and each decodes
-greedily at batch 1 in a process of its own (eval/speed.py), the original first and last: what lies between its two figures is noise. Random weights:
-speed does not depend on them. Kernels are measured before, into a table of this run's own. Everything is kept in DIR and found again.
+A random Llama of TinyLlama-1.1B's shape (eval/bench/memory.py) is rounded to nearest twice, int4 in groups of 128 and int8 per channel, and each reads a
+prompt of 128 tokens and decodes greedily at batch 1 in a process of its own (eval/speed.py), the original first and last: what lies between its two
+figures is noise. Random weights: speed does not depend on them. Kernels are measured before, into a table of this run's own. Everything is kept in DIR
+and found again.
 """
 
 import argparse
@@ -17,15 +18,15 @@ import compress
 from compress.eval import speed
 from compress.eval.bench.memory import build
 
-MADE = {"int4 g128": ({"bits": 4, "group_size": 128}, {}), "int4 g128, fused": ({"bits": 4, "group_size": 128}, {"fuse": True}),
-        "W8A8": ({"bits": 8, "group_size": -1, "sym": True}, {"activations": "int8"})}
+MADE = {"int4 g128": ({"bits": 4, "group_size": 128}, {}), "W8A8": ({"bits": 8, "group_size": -1, "sym": True}, {"activations": "int8"}),
+        "int4 g128, copies kept": ({"bits": 4, "group_size": 128}, {"memory": "keep"})}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--blocks", type=int, default=22)
-    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=16)
     args = parser.parse_args()
     model, rows = build(args.folder, args.blocks), {}
     os.environ["COMPRESS_CACHE"] = str(args.folder)
@@ -34,10 +35,11 @@ def main() -> None:
         if options:
             path = args.folder / f"{model.name}-w{options['bits']}"
             compress.run(str(model), {"name": f"w{options['bits']}", "steps": [{"method": "rtn", **options}]}, output=path, show=False)
-        rows[name] = speed.measure(str(path), new_tokens=args.new_tokens, **how)
-        base = rows["bf16"]["decode_tokens_per_second"]
-        print(f"{name:<18} {rows[name]['decode_tokens_per_second']:6.2f} tokens/s, {rows[name]['decode_tokens_per_second'] / base:.2f}×; "
-              f"peak {rows[name]['peak_bytes'] / 1e9:.2f} GB", flush=True)  # fmt: skip
+        rows[name] = speed.measure(str(path), new_tokens=args.new_tokens, prompt_tokens=128, **how)
+        decode, prefill = (rows[name][f"{phase}_tokens_per_second"] for phase in ("decode", "prefill"))
+        base = rows["bf16"]
+        print(f"{name:<22} {decode:6.2f} tokens/s, {decode / base['decode_tokens_per_second']:.2f}×; prompt {prefill:.0f} tokens/s, "
+              f"{prefill / base['prefill_tokens_per_second']:.2f}×; peak {rows[name]['peak_bytes'] / 1e9:.2f} GB", flush=True)  # fmt: skip
     print(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))
 
 
