@@ -18,6 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import yaml
 from accelerate import PartialState
@@ -374,8 +375,8 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     """A Hugging Face model from an artifact (or a plain checkpoint), ready for generate().
 
     policy "auto" multiplies by the fastest kernel measured on this machine, "dense" by the dequantized weight in a fixed order.
-    memory "auto" lets a layer keep a dense copy only if no kernel multiplies by its codes, "keep" wherever that is fastest (long prompts on CPU),
-    "bounded" never.
+    memory "keep" lets a layer keep dense and repacked copies wherever they are fastest (prompts on CPU), "bounded" no dense one, "auto" is "keep" on a CPU
+    whose free memory would hold the dense weights twice; elsewhere dense copies stay only where no kernel multiplies by the codes.
     activations int8, int4 or fp8: what compressed weights multiply is rounded to it, one scale a token (kernels/activations.py).
     fuse: q, k and v, and gate and up, are multiplied as one where their formats are of one kind (architectures of compress/arch.py).
     compile: generate() compiles its decoding step (torch.compile, fullgraph, static cache); `rows` are the batch sizes that will meet it.
@@ -395,9 +396,12 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     if bad := sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"]):
         raise CompressError(f"{path}: {len(bad)} tensors are missing or of another shape, {bad[0]} first; `compress verify` tells more")
     model = model.to(_device(device)).eval()
-    for module in model.modules():
-        if isinstance(module, CompressedLinear):
-            module.how = How(policy, memory, activations)  # type: ignore[arg-type]
+    layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    dense = sum(m.in_features * m.out_features for m in layers) * model.dtype.itemsize
+    if memory == "auto" and model.device.type == "cpu" and psutil.virtual_memory().available > 2 * dense:
+        memory = "keep"
+    for module in layers:
+        module.how = How(policy, memory, activations)  # type: ignore[arg-type]
     if fuse:
         linear.fuse(model)
     if compile:

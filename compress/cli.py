@@ -478,7 +478,7 @@ def verify(path: Artifact, trust_remote_code: Remote = False, json_: Json = None
 
 @app.command()
 def tune(path: Artifact, rows: Annotated[str, typer.Option(help="Numbers of rows (tokens of one forward) to measure at")] = "1,4,16,64,256",
-         memory: Annotated[str, typer.Option(help="Dense copies: auto (layers without a kernel), keep (where fastest), bounded (none)")] = "auto",
+         memory: Annotated[str, typer.Option(help="Dense copies: auto (where there is room), keep (where fastest), bounded (none)")] = "auto",
          activations: Activations = None, device: Device = "auto", dtype: DType = "auto", trust_remote_code: Remote = False,
          json_: Json = None) -> None:  # fmt: skip
     """Measure the kernels for every layer shape of an artifact now, instead of when generate() first meets it. The fastest are remembered.

@@ -30,7 +30,7 @@ TRAINING = """# Training
 
 A recipe's `tune:` and `distill:` train what the methods made, the first block by block, the second at the end (`--set tune.steps=200`); `heal:` trains the
 finished artifact, as `compress heal` does ([healing.md](healing.md)). `restore:`, with the fields of `heal`, comes before all of them: the model is compressed
-once, low-rank terms are trained over the result, added to the original's weights, and what comes of that is compressed in their place (PTQ1.61's preprocessing).
+once, low-rank terms are trained over the result and added to the original's weights, and that is compressed in their place (PTQ1.61's preprocessing).
 """
 
 SMALLER = """# Structure

@@ -19,7 +19,7 @@ from compress.eval import speed
 from compress.eval.bench.memory import build
 
 MADE = {"int4 g128": ({"bits": 4, "group_size": 128}, {}), "W8A8": ({"bits": 8, "group_size": -1, "sym": True}, {"activations": "int8"}),
-        "int4 g128, copies kept": ({"bits": 4, "group_size": 128}, {"memory": "keep"})}
+        "int4 g128, no dense copies": ({"bits": 4, "group_size": 128}, {"memory": "bounded"})}
 
 
 def main() -> None:
