@@ -23,6 +23,7 @@ from .calibration import hidden
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
+from .experts import fused_experts
 
 RELEASE = 1 << 20  # bytes of a batch of hidden states from which on freed memory is given back between the batches of routed experts
 
@@ -90,6 +91,8 @@ class Stream:
         self._frozen: dict[str, Kept] = {}
         self._inputs = Kept()  # of the module that the last single-site pass stopped at
         self.folder = folder
+        if fused_experts(source.model):
+            hidden.few_kernels()
         self.hidden = self._enter()
 
     def batches(self) -> Iterator[slice]:
