@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..stream import Stream
 from . import hidden
 
-LOGITS = 256 << 20  # bytes of fp32 logits that the pass back from the loss holds at a time (some five times over), or those of one window
+LOGITS = 256 << 20  # bytes of fp32 logits that the pass back from the loss holds at a time (some four times over), or those of one window
 GROUPS = 4  # of consecutive outputs, whose tokens are weighed apart where a method asks; fewer are means of these
 
 

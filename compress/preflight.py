@@ -160,7 +160,7 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     # the hidden states, and what attention keeps; the inputs of a block's last linear; with guidance the states behind every block
     weighed = tokens * guided if "guidance" in needs else min(tokens, SCHEDULE_WINDOWS * seqlen) * guided
     states = (2 * (1 + twice) * tokens + (source.num_blocks + 1) * weighed) * width * source.dtype.itemsize if n_max or twice else 0
-    ends = 4.5 * max(seqlen * vocabulary * 4, min(batch * seqlen * vocabulary * 4, LOGITS)) if guided else 0  # the pass back from the loss
+    ends = 4 * max(seqlen * vocabulary * 4, min(batch * seqlen * vocabulary * 4, LOGITS)) if guided else 0  # the pass back from the loss
     by_block = [[r for r in rows if r.method and r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
     last = max((tokens * r.shape[1] * source.dtype.itemsize for i, b in enumerate(by_block) for r in b[-1:] if ".experts." not in r.name
                 and "." in r.name.removeprefix(source.block_name(i) + ".")), default=0)  # of a child that is finished: OPT's fc2 belongs to none
