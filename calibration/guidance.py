@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..stream import Stream
 from . import hidden
 
+LOGITS = 256 << 20  # bytes of fp32 logits that the pass back from the loss holds at a time (some four times over), or those of one window
 GROUPS = 4  # of consecutive outputs, whose tokens are weighed apart where a method asks; fewer are means of these
 
 
@@ -62,6 +63,7 @@ def guide(stream: Stream, seed: int = 0) -> list[dict[str, Guidance]]:
             gradient[rows] = passed
             for handle in handles:
                 handle.remove()
+            stream.release()
         states.pop()
         weights.insert(0, {path: Guidance(s / s.mean(), outputs[path] / s.shape[1]) for path, s in found.items() if torch.isfinite(s).all() and s.mean() > 0})
     return weights
@@ -84,8 +86,10 @@ def _end(stream: Stream, seed: int) -> Tensor:
     """∂L/∂h behind the last block, [n, seqlen, width], in the dtype of the hidden states."""
     generator = torch.Generator(stream.device).manual_seed(seed)
     gradient = hidden.allocate(tuple(stream.hidden.shape), stream.hidden.dtype, stream.folder)
-    tail = stream.tail()
-    for rows in stream.batches():
+    tail, vocabulary = stream.tail(), stream.source.model.get_input_embeddings().num_embeddings
+    few = min(stream.batch, max(1, LOGITS // (4 * stream.tokens.shape[1] * vocabulary)))
+    for start in range(0, len(stream.tokens), few):
+        rows = slice(start, start + few)
         with torch.enable_grad():
             h = stream.hidden[rows].to(stream.device, copy=True).requires_grad_()
             log_p = tail(h).float().log_softmax(-1)

@@ -564,6 +564,8 @@ def compare(paths: Sequence[str], reference: str, data: str | CalibrationSet = "
     """
     if picture and Path(picture).suffix not in (".svg", ".png"):
         raise CompressError(f"{picture}: a picture is .svg or .png")
+    if picture:
+        artifact.room_for(Path(picture))
     rows: list[dict[str, Any]] = []
     for path in paths:
         found = evaluate(path, reference, data, samples=samples, seqlen=seqlen, seed=seed, device=device, dtype=dtype, stream=stream, fresh=fresh,
@@ -598,6 +600,8 @@ def report(path: str, reference: str | None = None, data: str | CalibrationSet =
         reference = str(named)
     if output is not None and Path(output).suffix != ".html":
         raise CompressError(f"{output}: a report is a .html file; the .json is written beside it")
+    if output is not None:
+        artifact.room_for(Path(output))
     text = data if isinstance(data, CalibrationSet) else load_calibration(
         data, _tokenizer(resolve(reference)), samples=samples, seqlen=seqlen or 512, seed=seed, split="evaluation",
         model=load(reference, device=_device(device)) if data == "self" else None)  # fmt: skip

@@ -146,6 +146,16 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
+def room_for(file: Path) -> None:
+    """Make the folder of a file that long work will end in. Raises CompressError now, and not then, where that cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CompressError(f"{file}: cannot be written: {error.strerror}") from error
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise CompressError(f"{file}: cannot be written: {'it is a folder' if file.is_dir() else 'no permission'}")
+
+
 @contextmanager
 def writing(folder: Path):
     """Writing errors as one line; finished shards stay where they are."""

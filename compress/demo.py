@@ -11,6 +11,7 @@ from rich.table import Table
 from . import api
 from .embedded import model_path
 from .errors import CompressError
+from .recipe import load
 
 WINDOWS = 32  # evaluation windows of 512 tokens, from modules of the standard library that the model has not seen
 
@@ -18,6 +19,7 @@ WINDOWS = 32  # evaluation windows of 512 tokens, from modules of the standard l
 def demo(output: Path, recipe: str, out: Console) -> dict[str, Any]:
     """Round to nearest, then `recipe`, on the embedded model; verify and evaluate both. Returns the figures as JSON."""
     model = str(model_path())
+    load(recipe)  # a name that is none is told before the baseline is made
     result: dict[str, Any] = {}
     table = Table("", "weights", "bits/weight", "perplexity", "KL to original", "top-1", "seconds")
     for name, folder in (("w4-rtn", output.with_name(output.name + "-rtn")), (recipe, output)):

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from .arch import LINEARS, routers, table_entry
+from .calibration.guidance import LOGITS
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
@@ -29,6 +30,7 @@ from .walk import KEEP_LIMIT, RELEASE, STATS_LIMIT, bundles, pieces
 OVERHEAD = 220 << 20  # bytes: importing compress, reading the configuration and the text (torch 2.13, transformers 5.23)
 WIDTHS = 3  # times the work of a layer that comparing widths takes, about: more of them than that, but plain
 EVAL_TOKENS = 2048  # tokens of one forward during evaluation: two sets of logits of that many rows are in memory
+PRODUCTS = 70 << 20  # bytes of the compiled products that are kept for routed experts (calibration/hidden.py: few_kernels)
 SCHEDULE_WINDOWS = 32  # what outputs and layers count is an average over so many; only tokens that are weighed each need a gradient
 
 
@@ -154,22 +156,28 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     if source.edits or recipe.blocks:  # what they edit is kept in fp32 beside the block
         block_bytes += block_bytes * 4 // source.dtype.itemsize
     outer = source.nbytes(source.outer_groups())
-    width = source.model.get_input_embeddings().weight.shape[1]
+    vocabulary, width = source.model.get_input_embeddings().weight.shape
     # the hidden states, and what attention keeps; the inputs of a block's last linear; with guidance the states behind every block
-    states = (2 * (1 + twice) + (source.num_blocks + 1) * guided) * tokens * width * source.dtype.itemsize if n_max or twice else 0
+    weighed = tokens * guided if "guidance" in needs else min(tokens, SCHEDULE_WINDOWS * seqlen) * guided
+    states = (2 * (1 + twice) * tokens + (source.num_blocks + 1) * weighed) * width * source.dtype.itemsize if n_max or twice else 0
+    ends = 4 * max(seqlen * vocabulary * 4, min(batch * seqlen * vocabulary * 4, LOGITS)) if guided else 0  # the pass back from the loss
     by_block = [[r for r in rows if r.method and r.name.startswith(source.block_name(i) + ".")] for i in range(source.num_blocks)] if n_max else []
     last = max((tokens * r.shape[1] * source.dtype.itemsize for i, b in enumerate(by_block) for r in b[-1:] if ".experts." not in r.name
                 and "." in r.name.removeprefix(source.block_name(i) + ".")), default=0)  # of a child that is finished: OPT's fc2 belongs to none
     makers = max((sum(r.shape[0] >= n_max for r in b if ".experts." not in r.name) for b in by_block), default=0)  # two where the MLP has a gate
     states += (1 + twice) * last * (last <= KEEP_LIMIT)
+    # experts are views of one tensor, which stays until the last of them has been replaced
+    routed = (block_bytes + PRODUCTS) * any(".experts." in r.name for b in by_block for r in b)
     experts = max((sum(4 * r.shape[1] ** 2 for r in b if ".experts." in r.name) for b in by_block), default=0)
     if recipe.blocks:  # the Hessians of a whole block at once
         experts = max((sum(4 * n * n for _, n in {(r.name.rpartition(".")[0], r.shape[1]) for r in b}) for b in by_block), default=0)
     moments = (1 + ("cross" in needs)) * 4 * n_max * n_max + min(STATS_LIMIT, experts)
+    eye = max((4 * r.shape[1] ** 2 for r in compressed), default=0)  # what stands for the Hessian where there is none
     # a batch on its way through the widest part of the block, in the blocks' precision, and what is added to the moments, in fp32
     passing = (1 + 0.9 * twice) * batch * seqlen * n_max * (2 * max(1, makers) * source.dtype.itemsize + 8)
-    working = moments + int(max(passing, passing / 2 + solve) if n_max else
-                            solve * (1 + (largest < RELEASE)))  # half of what was passing has not been given back by then, nor what a small block frees
+    # half of what was passing is not given back by the time of solving, nor what a small block frees
+    alone = solve * (1 + (largest < RELEASE)) + eye
+    working = routed + moments + int(max(passing, passing / 2 + solve) if n_max else alone)
     trained = before + 28 * solved + 6 * batch * seqlen * outer // width if recipe.distill else 0  # the model, its latents, gradients and logits
     late = ["ranks follow from the energy, once calibration has seen it: bytes are those of the recipe's ratio until then"]
     warnings = [f"pattern {p!r} matches no linear{nearest(p, {r.name for r in rows}) if len(rows) < 50 else ''}" for p in unmatched(recipe, rows)]
@@ -179,8 +187,8 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
                         "passed; consumers are judged by them too, schedule.bits=0 keeps them everywhere")  # fmt: skip
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 8 * after / parameters, 8 * after / parameters,
-                OVERHEAD + max((1 if n_max else 2) * block_bytes + states + working, 2 * outer + states, trained + states),
-                held(parameters, source.parameters(), after, source.model.get_input_embeddings().num_embeddings), after + (8 << 20),
+                OVERHEAD + max((1 if n_max else 2) * block_bytes + states + int(max(working, ends)), 2 * outer + states, trained + states),
+                held(parameters, source.parameters(), after, vocabulary), after + (8 << 20),
                 _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings),
                 {to: "; ".join(why) for to, why in can_export(formats, source.config, source.model).items()} if timed else {},
                 as_floats(formats, source.config, source.model) if timed else {})  # fmt: skip

@@ -133,7 +133,7 @@ def _last_run(history: list[dict]) -> dict[str, Any]:
 
 
 def _yaml(recipe: dict[str, Any]) -> str:
-    return yaml.safe_dump({k: v for k, v in recipe.items() if v not in (None, [], "")}, sort_keys=False, width=100).strip()
+    return yaml.safe_dump({k: v for k, v in recipe.items() if v not in (None, [], "")}, sort_keys=False, width=10**6).strip()
 
 
 def _cpu() -> str:

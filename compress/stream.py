@@ -23,6 +23,7 @@ from .calibration import hidden
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
+from .experts import fused_experts
 
 RELEASE = 1 << 20  # bytes of a batch of hidden states from which on freed memory is given back between the batches of routed experts
 
@@ -90,11 +91,19 @@ class Stream:
         self._frozen: dict[str, Kept] = {}
         self._inputs = Kept()  # of the module that the last single-site pass stopped at
         self.folder = folder
+        self.routed = bool(fused_experts(source.model))
+        if self.routed:
+            hidden.few_kernels()
         self.hidden = self._enter()
 
     def batches(self) -> Iterator[slice]:
         for start in range(0, len(self.tokens), self.batch):
             yield slice(start, start + self.batch)
+
+    def release(self) -> None:
+        """Behind a batch that went through routed experts: no two got as many tokens, and glibc finds no use for the holes that their pieces leave."""
+        if self.routed and self.hidden[: self.batch].nbytes > RELEASE:
+            hidden.release()
 
     def fork(self) -> Stream:
         """The same windows in the same place, for another version of the block: nothing is shared that a pass writes. Good until either advances."""
@@ -213,6 +222,7 @@ class Stream:
         """Replace the hidden states by the block's outputs."""
         for rows, call in zip(self.batches(), self.calls[self.at], strict=True):
             self.hidden[rows] = self.forward(block, rows, call)
+            self.release()
         self.calls[self.at] = []
         self._frozen.clear()
         self.at += 1
@@ -228,7 +238,7 @@ class Stream:
         stats: dict[str, Stats] = {}
         self._inputs = Kept()
         reader = None
-        routed = any(".experts." in f".{path}" for path in sites.values()) and self.hidden[: self.batch].nbytes > RELEASE
+        routed = any(".experts." in f".{path}" for path in sites.values())
         if original is not None:
             original[0]._inputs = Kept()
             if len(sites) == 1:
@@ -257,8 +267,8 @@ class Stream:
                     stats[key].add(*(t if t is None or valid is None else t[valid] for t in pieces))
 
             self._visit(block, sites, reader, i, rows, keep, add)
-            if routed:  # as many tokens as each expert got: no two pieces have the same size, and glibc finds no use for the holes that they leave
-                hidden.release()
+            if routed:
+                self.release()
         return {name: s.finish() for name, s in stats.items()}
 
     def _visit(self, block: nn.Module, sites: dict[str, str], reader: str | None, i: int, rows: slice, keep: bool,

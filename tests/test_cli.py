@@ -299,6 +299,67 @@ ARGUMENTS = {   # what is wrong with the recipe and the options
 }
 
 
+WRONG = {       # every other verb with something wrong: (its arguments, what the line says); T is a folder with a plain file "file" in it
+    "plan no folder": ("plan T/absent", ["absent", "no such model folder"]),
+    "plan json": ("plan MODEL --set gptq.group_size=32 --json T/file/p.json", ["p.json", "cannot be written"]),
+    "plan an artifact": ("plan DONE", ["already quantized (compress)"]),
+    "plan dtype": ("plan MODEL --dtype fp8", ["'fp8'", "bfloat16"]),
+    "recipes": ("recipes w4-gtpq", ["did you mean w4-gptq?"]),
+    "run into a file": ("run MODEL -r w4-rtn --set rtn.group_size=32 -o T/file", ["file"]),
+    "run below a file": ("run MODEL -r w4-rtn --set rtn.group_size=32 -o T/file/out", ["file"]),
+    "run where nobody can": ("run MODEL -r w4-rtn --set rtn.group_size=32 -o /proc/out", ["/proc/out"]),
+    "run seqlen": ("run MODEL -c TEXT -o T/out --samples 4 --seqlen 100000 --set gptq.group_size=32", ["100000"]),
+    "auto no budget": ("auto MODEL -o T/out", ["give a budget"]),
+    "auto two": ("auto MODEL -o T/out --bits 3 --size 4GB", ["one of the three"]),
+    "auto too few bits": ("auto MODEL -o T/out -c TEXT --bits 0.5", ["bits", "0.50"]),
+    "auto too few bytes": ("auto MODEL -o T/out -c TEXT --size 1kB", ["MB"]),
+    "auto size": ("auto MODEL -o T/out --size 4XB", ["4XB", "4GB"]),
+    "auto latency": ("auto MODEL -o T/out --latency fast", ["fast", "0.5x"]),
+    "auto consumer": ("auto MODEL -o T/out --bits 3 --for vlm", ["'vlm'", "did you mean vllm?"]),
+    "auto menu": ("auto MODEL -o T/out --bits 3 --menu none", ["none", "trellis"]),
+    "auto below a file": ("auto MODEL -o T/file/out -c TEXT --bits 5 --samples 4 --seqlen 32", ["file"]),
+    "auto no model": ("auto T/absent -o T/out --bits 3", ["no such model folder"]),
+    "diagnose no model": ("diagnose T/absent", ["no such model folder"]),
+    "diagnose an artifact": ("diagnose DONE", ["already quantized (compress)"]),
+    "eval no artifact": ("eval T/absent", ["absent", "no such model folder"]),
+    "eval no reference": ("eval DONE --reference T/absent --data TEXT", ["absent", "no such model folder"]),
+    "eval lengths": ("eval DONE --data TEXT --seqlen 32 --lengths a,b", ["--lengths a,b", "numbers"]),
+    "eval activations": ("eval DONE --data TEXT --seqlen 32 --activations int3 --no-speed", ["int3", "int8"]),
+    "compare no artifact": ("compare DONE T/absent --reference MODEL --data TEXT --seqlen 32 --samples 2", ["absent"]),
+    "compare picture": ("compare DONE --reference MODEL --data TEXT --seqlen 32 --samples 2 -o T/c.pdf", ["c.pdf", ".svg or .png"]),
+    "compare below a file": ("compare DONE --reference MODEL --data TEXT --seqlen 32 --samples 2 -o T/file/c.svg", ["c.svg", "cannot be written"]),
+    "report of a model": ("report MODEL", ["compress.json"]),
+    "report no artifact": ("report T/absent", ["absent"]),
+    "report no reference": ("report DONE --reference T/absent --data TEXT", ["absent"]),
+    "report below a file": ("report DONE --reference MODEL --data TEXT --seqlen 32 --samples 2 --prompts 0 --no-speed -o T/file/r.html", ["r.html"]),
+    "report name": ("report DONE --reference MODEL --data TEXT -o T/r.txt", [".html"]),
+    "inspect no artifact": ("inspect T/absent", ["absent"]),
+    "verify a file": ("verify T/file", ["file"]),
+    "export name": ("export DONE --to gtpq -o T/out", ["gtpq", "gptq"]),
+    "export into a file": ("export DONE --to dense -o T/file", ["file"]),
+    "export hub name": ("export DONE --to dense -o T/out --push-to-hub a/b/c", ["a/b/c", "USER/NAME"]),
+    "decompress no artifact": ("decompress T/absent -o T/out", ["absent"]),
+    "import a plain model": ("import MODEL -o T/out", ["model"]),
+    "import no model": ("import T/absent -o T/out", ["absent"]),
+    "tune rows": ("tune DONE --rows x", ["--rows x", "numbers"]),
+    "tune memory": ("tune DONE --memory some", ["some", "keep or bounded"]),
+    "heal no teacher": ("heal DONE --teacher T/absent -o T/out", ["absent"]),
+    "heal what": ("heal DONE --teacher MODEL --train all -o T/out", ["all", "lora"]),
+    "heal option": ("heal DONE --teacher MODEL --set rnk=3 -o T/out", ["rnk", "rank"]),
+    "extract width": ("extract MODEL --width 2 -o T/out", ["width"]),
+    "demo recipe": ("demo -r w4-gtpq -o T/out", ["did you mean w4-gptq?"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_bad_input_of_every_verb(case, work, tmp_path, capsys):
+    line, said = WRONG[case]
+    written(tmp_path / "file", "x")
+    places = {"MODEL": str(work.model), "DONE": str(work.done), "TEXT": work.text}
+    refuses([places.get(word, word.replace("T/", f"{tmp_path}/", 1) if word.startswith("T/") else word) for word in line.split()], said, work, tmp_path, capsys)
+    assert not any(tmp_path.rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("case", MODELS)
 def test_bad_model(case, work, tmp_path, capsys):
     make, said = MODELS[case]

@@ -1,10 +1,12 @@
 """pytest tests/test_stream.py — one block at a time gives what the whole model gives, bit for bit, for every architecture."""
 
+import os
+
 import pytest
 import torch
 from tiny import TINY, save_tiny
 
-from compress.calibration import hidden
+from compress.calibration import guidance, hidden
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.stream import Stream
@@ -121,3 +123,31 @@ def test_damaged_checkpoints_are_named(tmp_path):
     save_file(broken, tmp_path / "model.safetensors")
     with pytest.raises(CompressError, match=r"is \[3, 3\], the configuration says \[128, 64\]"):
         Checkpoint(str(tmp_path)).load_block(1)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("mixtral", "64"), ("llama", None)])
+def test_routed_experts_have_few_compiled_products_kept(name, kept, tmp_path, monkeypatch):
+    """No two batches give an expert as many tokens, and oneDNN compiles for each number."""
+    caches = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+    for cache in caches:
+        monkeypatch.setenv(cache, "")  # so that it is put back
+        monkeypatch.delenv(cache)
+    save_tiny(name, tmp_path)
+    Stream(Checkpoint(str(tmp_path)), TOKENS, batch=2)
+    assert [os.environ.get(cache) for cache in caches] == [kept, kept]
+
+
+def test_the_pass_back_from_the_loss_holds_few_logits(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path)
+    seen = []
+
+    class Watched(Stream):
+        def tail(self):
+            run = super().tail()
+            return lambda h: seen.append(len(h)) or run(h)
+
+    for limit, windows in ((guidance.LOGITS, [2, 2, 1]), (2 * 4 * 24 * 256 - 1, [1] * 5)):
+        monkeypatch.setattr(guidance, "LOGITS", limit)
+        seen.clear()
+        found = guidance.guide(Watched(Checkpoint(str(tmp_path)), TOKENS, batch=2))
+        assert seen == windows and len(found) == 2 and all(g.tokens.shape == (4, TOKENS.numel()) for block in found for g in block.values())

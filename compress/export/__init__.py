@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig
@@ -94,6 +95,10 @@ def write(folder: Path, to: str, output: Path, *, base_model: str | None = None,
     chosen = find(to)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CompressError(f"{output}: exists and is not an empty folder; choose another -o or remove it")
+    try:
+        validate_repo_id(push_to_hub or "user/name")
+    except HFValidationError as error:
+        raise CompressError(f"--push-to-hub {push_to_hub}: a repository is USER/NAME ({error})") from error
     source = Source(folder, trust_remote_code)
     if any(getattr(source.config, KEY, None) or ()):
         raise CompressError(f"{folder}: its blocks differ in shape, which no configuration of {source.config.model_type} can say; make it again with --uniform")

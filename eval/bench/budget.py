@@ -1,10 +1,10 @@
 """python -m compress.eval.bench.budget: `compress auto` beside the uniform recipes of the same bytes, as the table of docs/budget.md.
 
     python -m compress.eval.bench.budget --model ../shared/yardstick/llama-16m --calibration ../shared/yardstick/wikitext2-valid.txt \\
-        --evaluation ../shared/yardstick/wikitext2-test.txt --uniform 3:-1 3:128 3:64 --bits 3.0 3.5
+        --evaluation ../shared/yardstick/wikitext2-test.txt --uniform w3-balanced w3-balanced,gptq.group_size=-1 --bits 3.0 3.5
 
-Every BITS:GROUP_SIZE runs as w4-balanced with these options, then `auto` gets exactly its bytes; `--bits` adds budgets of their own. Same solver
-options, calibration and evaluation windows throughout; --folder keeps sensitivities between calls.
+Every RECIPE[,SETTING…] of --uniform gives all layers the same; `auto` spends each of --bits, from its own menu or --menu. Same calibration and evaluation
+windows throughout; --folder keeps sensitivities between calls, so that a table may be made in several.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--uniform", nargs="*", default=[])
     parser.add_argument("--bits", nargs="*", type=float, default=[])
+    parser.add_argument("--menu", help="choices in the place of auto's own: a name, or a YAML file with a list of steps")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=24, help="evaluation windows")
-    parser.add_argument("--judged", type=int, default=4, help="calibration windows that auto measures on")
+    parser.add_argument("--judged", type=int, default=8, help="calibration windows that auto measures on")
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--tries", type=int, default=16)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "compress-budget")
@@ -34,29 +35,22 @@ def main() -> None:
     a.folder.mkdir(parents=True, exist_ok=True)
     source = {"calibration": f"file:{a.calibration}", "samples": a.samples, "overwrite": True, "show": False}
 
-    def row(label: str, report, started: float, note: str = "") -> float:
+    def row(label: str, report, started: float, note: str = "") -> None:
         seconds = time.perf_counter() - started
         e = compress.evaluate(report.path, a.model, f"file:{a.evaluation}", samples=a.windows, speed=False, show=False)
         print(f"| {label} | {report.manifest.totals['linear_bits']:.4f} | {e['kl']['mean']:.5f} ± {e['kl']['stderr']:.5f} | {e['top1']['agreement']:.4f} | "
               f"{note} | {seconds:.0f} |", flush=True)  # fmt: skip
-        return e["kl"]["mean"]
-
-    def auto(bits: float) -> float:
-        started = time.perf_counter()
-        found = compress.auto(a.model, output=a.folder / "auto", bits=bits, windows=a.judged, rounds=a.rounds, tries=a.tries, **source)
-        note = f"predicted {found.predicted:.5f}, swapped in {found.before:.5f} → {found.kl:.5f}, artifact {found.artifact_kl:.5f}"
-        return row(f"auto, {bits:.4f} bits", found.report, started, note)
 
     print("| | bits | KL | top-1 | KL on the calibration windows | seconds |\n|---|---|---|---|---|---|")
     for uniform in a.uniform:
-        bits, size = uniform.split(":")
+        name, *settings = uniform.split(",")
         started = time.perf_counter()
-        report = compress.run(a.model, "w4-balanced", output=a.folder / "uniform", settings=[f"gptq.bits={bits}", f"gptq.group_size={size}"], **source)
-        same = row(f"{bits} bits, {'a row' if size == '-1' else f'g{size}'}", report, started)
-        mixed = auto(report.manifest.totals["linear_bits"])
-        print(f"| at equal bytes | | {mixed / same - 1:+.1%} | | | |", flush=True)
+        row(uniform, compress.run(a.model, name, output=a.folder / "uniform", settings=settings, **source), started)
     for bits in a.bits:
-        auto(bits)
+        started = time.perf_counter()
+        found = compress.auto(a.model, output=a.folder / "auto", bits=bits, menu=a.menu, windows=a.judged, rounds=a.rounds, tries=a.tries, **source)
+        note = f"predicted {found.predicted:.5f}, swapped in {found.before:.5f} → {found.kl:.5f}, artifact {found.artifact_kl:.5f}"
+        row(f"auto{f' --menu {a.menu}' if a.menu else ''}, {bits:g} bits", found.report, started, note)
 
 
 if __name__ == "__main__":
