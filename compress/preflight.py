@@ -21,6 +21,8 @@ from .checkpoint import Checkpoint
 from .errors import CompressError
 from .experts import unfuse_experts
 from .export import as_floats, can_export
+from .healing.adapters import planned
+from .healing.options import Heal
 from .linear import get_weight
 from .methods import GPTQ, LNQ, TrellisCoding
 from .precision import mixed
@@ -123,8 +125,9 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
         method, sizes = step.build(), together.get(name, {name: m})
         parts, own = pieces(method.planned((sum(sizes.values()), n), stored, "+".join(sizes)), list(sizes.values()))
         at = list(sizes).index(name)
-        formats[name] = parts[at]
-        rows.append(PlannedLayer(name, (m, n), step.method, parts[at].describe(), m * n * stored.itemsize, own[at][1]))
+        formats[name] = planned(parts[at], recipe.heal, stored) if recipe.heal else parts[at]
+        grown = formats[name].nbytes() - parts[at].nbytes()
+        rows.append(PlannedLayer(name, (m, n), step.method, formats[name].describe(), m * n * stored.itemsize, own[at][1] + grown))
         solving.setdefault(recipe.steps.index(step), {})[name] = solver_work(method, m, n)
         solve = max(solve, solver_bytes(method, m, n))
         if method.needs or recipe.blocks:
@@ -185,13 +188,33 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
     if recipe.schedule and recipe.schedule.bits and any(mixed(step) for step in recipe.steps):
         warnings.append("bits and group sizes follow from the schedule, once calibration has been seen: bytes are those of the recipe's own, which are never "
                         "passed; consumers are judged by them too, schedule.bits=0 keeps them everywhere")  # fmt: skip
+    if any(step.needs_text for step in recipe.structural()):
+        warnings.append("time is without that of the structural steps, which send the text through the model as often as choices are compared")
+    peak = max((1 if n_max else 2) * block_bytes + states + int(max(working, ends)), 2 * outer + states, trained + states)
+    if recipe.restore:
+        work *= 2
+    for options in (o for o in (recipe.restore, recipe.heal) if o):
+        more, resident = healing(options, source, [r.shape for r in rows])
+        work, peak = work + more, max(peak, resident)
     return Plan(source.name, recipe.name, tuple(rows), parameters, before, after,
                 8 * sum(r.bytes_after for r in compressed) / linear_parameters if compressed else 8 * after / parameters, 8 * after / parameters,
-                OVERHEAD + max((1 if n_max else 2) * block_bytes + states + int(max(working, ends)), 2 * outer + states, trained + states),
-                held(parameters, source.parameters(), after, vocabulary), after + (8 << 20),
+                OVERHEAD + peak, held(parameters, source.parameters(), after, vocabulary), after + (8 << 20),
                 _seconds(source, recipe, work, before, solving, probe) if timed else 0.0, tuple(warnings),
                 {to: "; ".join(why) for to, why in can_export(formats, source.config, source.model).items()} if timed else {},
                 as_floats(formats, source.config, source.model) if timed else {})  # fmt: skip
+
+
+def healing(options: Heal, source: Checkpoint, shapes: list[tuple[int, int]]) -> tuple[float, int]:
+    """(operations, bytes) of training a compressed model with these linears [out, in] towards its original, about: the model in the precision to compute
+    in, what learns in fp32 with gradients, Adam's moments and the best state, and what a micro-batch leaves for the way back."""
+    vocabulary, width = source.model.get_input_embeddings().weight.shape
+    dense, adapters = sum(m * n for m, n in shapes), sum(options.rank * (m + n) for m, n in shapes)
+    learning = {"weights": dense, "lora": adapters, "scales": dense // 64}[options.train]
+    passes = 6.0 * options.steps * options.batch + 2.0 * options.samples * (1 + options.held_out * options.steps / options.every)
+    kept = sum(m + n for m, n in shapes) * source.dtype.itemsize // (source.num_blocks if options.checkpointing else 1)
+    tokens = options.micro * options.seqlen
+    model = sum(e.nbytes for e in source.entries.values()) * source.dtype.itemsize // source.stored_dtype.itemsize
+    return passes * options.seqlen * (dense + vocabulary * width), model + 20 * learning + tokens * (kept + 16 * vocabulary)
 
 
 def held(compressed: int, original: int, nbytes: int, vocabulary: int, itemsize: int = 4) -> int:

@@ -9,6 +9,7 @@ from compress import recipe
 from compress.distill import Distill
 from compress.export import EXPORTS
 from compress.export.base import Layers
+from compress.healing import adapters
 from compress.healing.options import Heal
 from compress.methods import METHODS, describe
 from compress.scaling import BLOCKS
@@ -87,6 +88,8 @@ def exports() -> str:
     for name in recipe.names():
         chosen, cells = recipe.load(name), []
         planned = {n: step.build().planned(shape, torch.bfloat16, n) for n, shape in linears.items() if (step := chosen.step_for(n)) is not None}
+        if chosen.heal:
+            planned = {n: adapters.planned(f, chosen.heal, torch.bfloat16) for n, f in planned.items()}
         source = Layers(planned, config, model)
         for consumer in EXPORTS.values():
             if refused := consumer.refusals(source):

@@ -227,6 +227,8 @@ def test_it_wins_back_and_keeps_adapters_over_integers(bad, tmp_path, capsys):
     assert all(r.method == "rtn + heal" and r.describe.startswith("int2 g64 asym + rank 8") and r.error_norm == "healing" for r in records)
     assert not (tmp_path / "a" / "healing.safetensors").exists() and not (tmp_path / "a.teacher").exists()
     assert report.manifest.run["recipe"]["name"] == "rtn2-heal"
+    recipe = {"name": "rtn2", "steps": [{"method": "rtn", "bits": 2, "group_size": 64}], "heal": {"rank": SMALL["rank"]}}
+    assert compress.plan(model_path(), recipe).bytes_after == report.manifest.totals["bytes"]
     plain = heal(bad, tmp_path / "b")  # the option above spends time for memory and changes nothing
     assert plain.manifest.training["healing loss"] == pytest.approx(report.manifest.training["healing loss"], rel=1e-3)
 

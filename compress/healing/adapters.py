@@ -222,6 +222,23 @@ def learner(stored: Format, options: Heal, *, dtype: torch.dtype, kept_as: torch
     return Extended((not options.bounded and _inside(stored, once(_integers), frozen)) or frozen(stored), change(stored))
 
 
+def planned(stored: Format, options: Heal, kept_as: torch.dtype) -> Format:
+    """What `stored` [out, in] will have become, on meta: the same, or with a low-rank term beside it where nothing in it takes an adapter up."""
+    if options.train != "lora" or (options.merge and _takes(stored)):
+        return stored
+    (m, n), factor = stored.shape, lambda *shape: Dense(torch.empty(shape, dtype=kept_as, device="meta"))
+    rank = min(options.rank, m, n)
+    return Sum((*(stored.terms if isinstance(stored, Sum) else (stored,)), Product((factor(m, rank), factor(rank, n)))))
+
+
+def _takes(f: Format) -> bool:
+    return _dense(f) or any(_takes(part) for part in _parts(f))
+
+
+def _parts(f: Format) -> tuple[Format, ...]:
+    return f.terms if isinstance(f, Sum) else f.factors if isinstance(f, Product) else (f.inner,) if isinstance(f, Scaled | Transformed) else ()
+
+
 def _dense(f: Format) -> bool:
     return isinstance(f.values if isinstance(f, Masked | Sparse24) else f, Dense)
 
@@ -241,7 +258,7 @@ def _inside(f: Format, leaf: Leaf, frozen: Leaf) -> nn.Module | None:
     """`f` with every part that `leaf` takes in its place, or None where it takes none."""
     if (taken := leaf(f)) is not None:
         return taken
-    parts = f.terms if isinstance(f, Sum) else f.factors if isinstance(f, Product) else (f.inner,) if isinstance(f, Scaled | Transformed) else ()
+    parts = _parts(f)
     made = [_inside(part, leaf, frozen) for part in parts]
     if all(m is None for m in made):
         return None
