@@ -731,15 +731,15 @@ def _structure(recipe: _recipe.Recipe, source: Checkpoint, data: CalibrationSet 
     plans: list[dict[str, Any]] = []
     for k, step in enumerate(recipe.structural()):
         smaller = _smaller(recipe, source, plans, scratch)
-        plans.append(scratch.plan(f"plan-{k}", partial(step.measure, smaller, enter, scratch)))
+        plans.append(scratch.plan(f"plan-{k}", partial(step.measure, smaller, enter, scratch.of(k))))
         if show:
             progress.console.print(f"structure {k + 1}: {brief(type(step).__name__.lower(), plans[-1])}", highlight=False, markup=False, soft_wrap=True)
     return plans
 
 
 def _smaller(recipe: _recipe.Recipe, source: Checkpoint, plans: list[dict[str, Any]], scratch: Scratch) -> Checkpoint:
-    for step, found in zip(recipe.structural(), plans, strict=False):
-        source = step.apply(source, found, scratch)
+    for k, (step, found) in enumerate(zip(recipe.structural(), plans, strict=False)):
+        source = step.apply(source, found, scratch.of(k))
     return source
 
 

@@ -24,6 +24,7 @@ from compress.structure.eliminate import eliminate
 from compress.structure.merge import merges
 from compress.structure.program import Option, Program, best
 from compress.structure.refit import Refit
+from compress.structure.scratch import Scratch
 from compress.structure.smaller import numbers, spans
 from compress.structure.width import Width
 
@@ -478,3 +479,11 @@ def test_errors_are_one_line(tmp_path):
     recipe = load("drop-25-w4").with_options(["drop.count=1", "gptq.bits=3"])
     assert recipe.structural()[0].count == 1 and recipe.steps[0].build().bits == 3 and Refit().damp > 0
     assert Conv1D is not None
+
+
+def test_steps_of_a_kind_keep_their_files_apart(tmp_path):
+    scratch = Scratch(tmp_path / "out", {"run": 1})
+    a, b = (scratch.of(k).tensors("fuse-0", lambda k=k: {"W": torch.full((2,), float(k))})["W"] for k in (0, 1))
+    assert a.tolist() == [0, 0] and b.tolist() == [1, 1] and torch.equal(scratch.of(0).read("fuse-0", "W"), a)
+    scratch.remove()
+    assert not scratch.folder.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -28,6 +29,14 @@ class Scratch:
                 shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             mark.write_text(run_id)
+
+    def of(self, k: int) -> Scratch:
+        """The part of the k-th step: two of a kind keep their files apart."""
+        part = copy.copy(self)
+        part.folder = self.folder / f"step-{k}"
+        with writing(self.folder):
+            part.folder.mkdir(exist_ok=True)
+        return part
 
     def plan(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, or gave before."""
