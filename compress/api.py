@@ -129,21 +129,16 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
     """
     started = time.perf_counter()
     chosen = _evenly(uniform, _recipe.load(recipe).with_options(settings or []))
+    alike: dict[str, Any] = dict(seed=seed, pack=pack, chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
+                                 trust_remote_code=trust_remote_code, show=show)  # fmt: skip
+    lacking = lambda step, out: run(model, chosen.model_copy(update={step: None}), calibration, out, samples=samples, seqlen=seqlen, uniform=uniform, **alike)
     if chosen.heal:
-        base = run(model, chosen.model_copy(update={"heal": None}), calibration, f"{Path(output)}.unhealed", samples=samples, seqlen=seqlen, seed=seed,
-                   pack=pack, chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
-                   uniform=uniform, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
-        return heal(base.path, model, calibration, output, options=chosen.heal, seed=seed, pack=pack, chat_template=chat_template, device=device, dtype=dtype,
-                    strict=strict, overwrite=overwrite, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
+        return heal(lacking("heal", f"{Path(output)}.unhealed").path, model, calibration, output, options=chosen.heal, **alike)
     device, folder = _device(device), Path(output)
     whole = Checkpoint(model, dtype=_dtype(dtype, model, device), trust_remote_code=trust_remote_code)
     if chosen.restore:
-        first = run(model, chosen.model_copy(update={"restore": None}), calibration, f"{folder}.first", samples=samples, seqlen=seqlen, seed=seed,
-                    pack=pack, chat_template=chat_template, device=device, dtype=dtype, strict=strict, overwrite=overwrite,
-                    trust_remote_code=trust_remote_code, show=show)  # fmt: skip
         terms = replace(chosen.restore, train="lora", merge=False, scale_lr=0.0)
-        won = heal(first.path, model, calibration, f"{folder}.restored", options=terms, seed=seed, pack=pack, chat_template=chat_template, device=device,
-                   dtype=dtype, strict=strict, overwrite=overwrite, trust_remote_code=trust_remote_code, show=show)  # fmt: skip
+        won = heal(lacking("restore", f"{folder}.first").path, model, calibration, f"{folder}.restored", options=terms, **alike)
         whole = restored(whole, ArtifactCheckpoint(Path(won.path), won.manifest, trust_remote_code))
     source = chosen.viewed(_uniform(uniform, chosen.guessed(whole)))
     measure = partial(preflight.make, samples=samples, seqlen=seqlen, timed=False)

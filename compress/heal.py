@@ -80,8 +80,8 @@ def heal(options: Heal, source: Checkpoint, teacher: Checkpoint, data: Calibrati
             processes.wait_for_everyone()
             student = Student(options, source, device, seed, [key.removeprefix("relation.") for key in lessons([0], "cpu") if key.startswith("relation.")],
                               teacher)  # fmt: skip
-            heads = (m.get_output_embeddings().weight for m in (student.model, teacher.load_outer(device, embeddings=False)) if options.states)
-            turn = translation(*heads) if options.states else None
+            head = lambda model: model.get_output_embeddings().weight
+            turn = translation(head(student.model), head(teacher.load_outer(device, embeddings=False))) if options.states else None
             formats, training, notes = _train(options, student, lessons, data, pairs, turn, judges, folder, writer, processes, seed=seed, show=show)
             if writer:
                 strictly(strict, data.fallbacks + notes)

@@ -102,6 +102,8 @@ class IntGroup(Format):
             yield at, q.sub_(zeros[at]).mul_(self.scales[at].float()[:, :, None]).view(-1, self.shape[1]).to(dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if len(self.slices()) == 1:
+            return next(self.dequantize_slices(dtype))[1]
         W = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         for at, part in self.dequantize_slices(dtype):
             W[at] = part

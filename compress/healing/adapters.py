@@ -111,8 +111,7 @@ class Extended(nn.Module):
         return self.base(x) + self.term(x)
 
     def weight(self) -> Sum:
-        stored = self.base.weight()  # type: ignore[operator]
-        return Sum((*(stored.terms if isinstance(stored, Sum) else (stored,)), self.term.weight()))
+        return _beside(self.base.weight(), self.term.weight())  # type: ignore[operator]
 
 
 class OnMask(nn.Module):
@@ -228,7 +227,11 @@ def planned(stored: Format, options: Heal, kept_as: torch.dtype) -> Format:
         return stored
     (m, n), factor = stored.shape, lambda *shape: Dense(torch.empty(shape, dtype=kept_as, device="meta"))
     rank = min(options.rank, m, n)
-    return Sum((*(stored.terms if isinstance(stored, Sum) else (stored,)), Product((factor(m, rank), factor(rank, n)))))
+    return _beside(stored, Product((factor(m, rank), factor(rank, n))))
+
+
+def _beside(stored: Format, term: Product) -> Sum:
+    return Sum((*(stored.terms if isinstance(stored, Sum) else (stored,)), term))
 
 
 def _takes(f: Format) -> bool:

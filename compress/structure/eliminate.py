@@ -50,20 +50,20 @@ def eliminate(model: nn.Module, metric: Callable[[nn.Module], float], tolerance:
         unit, kind = (heads(arch, blocks[i]), "heads") if what == "attention" else (neurons(arch, blocks[i]), "mlp")
         if unit is None or (kind == "heads" and arch.fixed_heads):
             return
-        reader, gone = blocks[i].get_submodule(unit.reader), list[int]()
+        reader, spared = blocks[i].get_submodule(unit.reader), list[int]()
         if isinstance(unit, Heads):
             pieces = list(torch.arange(unit.heads).view(unit.groups, -1))
         else:
             pieces = list(get_weight(reader).float().norm(dim=0).cpu().argsort().split(-(-unit.width // chunks)))
         for piece in pieces:
             columns = unit.columns(piece) if isinstance(unit, Heads) else piece
-            if len(gone) + len(piece) == sum(map(len, pieces)):
+            if len(spared) + len(piece) == sum(map(len, pieces)):
                 break  # all of it was missed
             if not missed(reader.register_forward_pre_hook(lambda module, args, columns=columns: (args[0].index_fill(-1, columns.to(args[0].device), 0),))):
-                gone += piece.tolist()
+                spared += piece.tolist()
             elif kind == "mlp":
                 break  # the others matter more
-        cut.extend([f"{i}.{kind} {spans(sorted(gone))}"] if gone else [])
+        cut.extend([f"{i}.{kind} {spans(sorted(spared))}"] if spared else [])
 
     try:
         for i in reversed(range(len(blocks))):

@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import compress
 
-from .table import processor_seconds
+from .table import timed
 
 PEER = """
 import json, sys, time
-began = time.perf_counter()
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
@@ -64,7 +61,7 @@ call = time.perf_counter() - started
 state = {k: v.contiguous().clone() for k, v in model.state_dict().items() if k in names and not (k == "lm_head.weight" and model.config.tie_word_embeddings)}
 assert len(state) >= len(names) - 1, sorted(names - set(state))
 save_file(state, out + "/model.safetensors", metadata={"format": "pt"})
-print(json.dumps({"call_seconds": call, "seconds": time.perf_counter() - began}))
+print(json.dumps({"call_seconds": call}))
 """
 
 
@@ -73,10 +70,8 @@ def ours(a: argparse.Namespace, recipe: str, settings: list[str], out: Path) -> 
     command = [sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", recipe, "--calibration", f"file:{a.calibration}",
                "--samples", str(a.samples), "--seqlen", str(a.seqlen), "--overwrite", "--json", str(out.with_suffix(".json")),
                *(f"--set={s}" for s in settings)]  # fmt: skip
-    started, before = time.perf_counter(), processor_seconds()
-    subprocess.run(command, check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "processor_seconds": processor_seconds() - before, "call_seconds": json.loads(out.with_suffix(".json").read_text())["seconds"]}
+    _, took = timed(command, check=True)
+    return took | {"call_seconds": json.loads(out.with_suffix(".json").read_text())["seconds"]}
 
 
 def theirs(a: argparse.Namespace, method: str, asked: str, out: Path) -> dict:
@@ -88,16 +83,14 @@ def theirs(a: argparse.Namespace, method: str, asked: str, out: Path) -> dict:
     data = load_calibration(f"file:{a.calibration}", AutoTokenizer.from_pretrained(a.model), samples=a.samples, seqlen=a.seqlen)
     out.mkdir(parents=True)
     save_file({"tokens": data.tokens}, out / "tokens.safetensors")
-    started, before = time.perf_counter(), processor_seconds()
-    child = subprocess.run([a.peer, "-c", PEER, a.model, str(out / "tokens.safetensors"), str(out), method, asked], capture_output=True, text=True, cwd="/")
+    child, took = timed([a.peer, "-c", PEER, a.model, str(out / "tokens.safetensors"), str(out), method, asked], text=True, cwd="/")
     if child.returncode:
         raise SystemExit(f"the peer failed:\n{child.stderr[-3000:]}")
-    seconds, processor = time.perf_counter() - started, processor_seconds() - before
     for file in Path(a.model).iterdir():
         if file.suffix in (".json", ".model", ".txt") and not file.name.endswith(".index.json"):
             (out / file.name).write_bytes(file.read_bytes())
     (out / "tokens.safetensors").unlink()
-    return json.loads(child.stdout.strip().splitlines()[-1]) | {"seconds": seconds, "processor_seconds": processor}
+    return json.loads(child.stdout.strip().splitlines()[-1]) | took
 
 
 def tasks(a: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[Path], dict]]]:

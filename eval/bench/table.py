@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import chain
 from pathlib import Path
 
@@ -27,26 +28,27 @@ def spec(text: str) -> str:
     return f"file:{text}" if Path(text).is_file() else text
 
 
-def processor_seconds() -> float:
-    """What the child processes that have ended took, user and system."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def timed(command: list[str], **how) -> tuple[subprocess.CompletedProcess, dict[str, float]]:
+    """Run a process to its end; {"seconds", "processor_seconds": user and system, of all its threads}."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    child = subprocess.run(command, capture_output=True, **how)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return child, {"seconds": seconds, "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def row(recipe: str, a: argparse.Namespace, folder: Path) -> str:
     name, *settings = re.split(r":(?=[\w-]+\.\w)", recipe)  # not in NAME:admm.pattern=2:4
     out, report = folder / recipe.replace("/", "-"), folder / "report.json"
     options = ["--samples", str(a.samples), "--seqlen", str(a.seqlen), "--json", str(report), *(f"--set={s}" for s in settings)]
-    before = processor_seconds()
-    subprocess.run([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", spec(a.calibration), *options],
-                   check=True, capture_output=True)  # fmt: skip
-    took, made = processor_seconds() - before, json.loads(report.read_text())
+    _, took = timed([sys.executable, "-m", "compress", "run", a.model, "-o", str(out), "--recipe", name, "--calibration", spec(a.calibration), *options],
+                    check=True)  # fmt: skip
+    made = json.loads(report.read_text())
     cells = [f"`{recipe}`"]
     for text, windows in zip(a.evaluation, a.windows, strict=True):
         e = compress.evaluate(str(out), a.model, spec(text), samples=windows, seqlen=a.seqlen, show=False)
         cells.append(f"{e['perplexity']['token']:.3f} · {e['kl']['mean']:.5f} ± {e['kl']['stderr']:.5f} · {e['top1']['agreement']:.4f}")
     cells[1:1] = [f"{e['bits_per_weight']['linear']:.2f}"]
-    return "| " + " | ".join([*cells, f"{made['seconds']:.0f}", f"{took:.0f}", f"{made['peak_rss'] / 1e6:.0f}"]) + " |"
+    return "| " + " | ".join([*cells, f"{made['seconds']:.0f}", f"{took['processor_seconds']:.0f}", f"{made['peak_rss'] / 1e6:.0f}"]) + " |"
 
 
 def main() -> None:
