@@ -70,21 +70,22 @@ def _linear(codes: Tensor, scale: float, weight: Tensor, scales: Tensor, zeros: 
     return torch.ops.onednn.qlinear_pointwise(codes, scale, 128, weight, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
 
 
-def _matmul(x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
-    codes, token = quantize(x, grid)
-    codes = codes.bitwise_xor_(-128).view(torch.uint8)  # q + 128
-    if len(x) == 1 and bias is None and x.dtype == torch.bfloat16:
-        return _linear(codes, token.item() or 1.0, weight, scales, zeros, x.dtype)
+def _multiply(codes: Tensor, token: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if len(codes) == 1 and bias is None and dtype == torch.bfloat16:
+        return _linear(codes, token.item() or 1.0, weight, scales, zeros, dtype)
     y = _linear(codes, 1.0, weight, scales, zeros, torch.float32).mul_(token)
-    return (y if bias is None else y.add_(bias)).to(x.dtype)
+    return (y if bias is None else y.add_(bias)).to(dtype)
 
 
-op = ops.define("cpu_int8_matmul", "(Tensor x, Tensor weight, Tensor scales, Tensor zeros, str grid, Tensor? bias) -> Tensor",
-                lambda x, weight, scales, zeros, grid, bias: x.new_empty(x.shape[0], scales.shape[0]), CPU=_matmul, MkldnnCPU=_matmul)  # fmt: skip
+op = ops.define("cpu_int8_matmul", "(Tensor codes, Tensor token, Tensor weight, Tensor scales, Tensor zeros, Tensor? bias, ScalarType dtype) -> Tensor",
+                lambda codes, token, weight, scales, zeros, bias, dtype: token.new_empty(codes.shape[0], scales.shape[0], dtype=dtype),
+                CPU=_multiply, MkldnnCPU=_multiply)  # fmt: skip
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [m, in] → [m, out] in x's dtype."""
     if not x.shape[0]:
         return x.new_empty(0, packed.scales.shape[0])
-    return (op if torch.compiler.is_compiling() else _matmul)(x, packed.weight, packed.scales, packed.zeros, packed.grid, bias)
+    codes, token = quantize(x, packed.grid)
+    codes = codes.bitwise_xor_(-128).view(torch.uint8)  # q + 128
+    return (op if torch.compiler.is_compiling() else _multiply)(codes, token, packed.weight, packed.scales, packed.zeros, bias, x.dtype)

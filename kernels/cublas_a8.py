@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats import FloatBlock, Format, IntGroup
-from .activations import Rounded
+from .activations import Grid, Rounded
 from .triton_quantize import quantize
 
 MORE_THAN = 16  # rows of x: what _int_mm asks
@@ -21,7 +21,7 @@ MORE_THAN = 16  # rows of x: what _int_mm asks
 class Prepared:
     weight: Tensor  # int8 or E4M3 [in, out], the transposed view of rows
     scales: Tensor  # fp32 [1, out]
-    grid: str
+    grid: Grid
 
 
 def supports(format: Format | Rounded, x: Tensor) -> str | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..formats import FloatBlock, Format, IntGroup
 from . import ops, tiles
-from .activations import Rounded
+from .activations import Grid, Rounded
 from .triton_quantize import quantize
 
 BN, BK = 128, 128  # rows of W a program, columns an iteration
@@ -97,7 +97,7 @@ class Prepared:
     weight: Tensor  # int8 [rows, in rounded up to BK], FP8 as its bytes; or int32 words of nibbles
     scales: Tensor  # fp32 [rows], or [groups, rows]
     repeat: int  # tiles of nibbles a group; 0: bytes
-    grid: str  # of the activations
+    grid: Grid  # of the activations
     shape: tuple[int, int]
 
 

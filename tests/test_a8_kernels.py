@@ -61,6 +61,18 @@ def test_product_of_bytes(name):
         assert torch.equal(y, triton_a8.matmul(x, prepared, bias)) and not tiles.workspace(x)[1].any()
 
 
+def test_a_compiled_graph_rounds_in_plain_arithmetic():
+    """Which Inductor fuses with a norm or a gate; the product is one op, and the codes are the kernel's."""
+    prepared, x, seen = triton_a8.prepare(Rounded(random_int(48, 64, 8), "int8"), BF16), gaussian(3, 64, dtype=BF16), []
+
+    def backend(graph, example):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "compress" in str(node.target))
+        return graph.forward
+
+    y = torch.compile(lambda x: triton_a8.matmul(x, prepared), fullgraph=True, backend=backend)(x)
+    assert seen == ["compress.a8_matmul.default"] and torch.equal(y, triton_a8.matmul(x, prepared))
+
+
 def test_four_bits_stay_four():
     assert triton_a8.prepare(Rounded(random_int(128, 512, 4, 128), "int8"), BF16).weight.nbytes == 128 * 512 // 2
 

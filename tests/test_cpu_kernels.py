@@ -1,10 +1,13 @@
 """python -m pytest tests/test_cpu_kernels.py: rounded activations, oneDNN's integers, horizontal fusion, ops in a compiled graph, tables that ship."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from test_kernels import BF16, FP16, FP32, error, inputs, make
+from torch._inductor.utils import run_and_get_code
 
 import compress
 from compress.errors import CompressError
@@ -94,7 +97,7 @@ def test_opcheck():
     """Not of cpu_int8's op: opcheck asks oneDNN's layout for its storage. The traces below run it."""
     x, b = inputs(2, 64, BF16), cpu_int_mm.prepare(Rounded(make(16, 64, 8, 64), "int8"))
     for bias in (None, inputs(1, 16, BF16)[0]):
-        torch.library.opcheck(cpu_int_mm.op, (x, b.weight, b.scales, b.grid, bias))
+        torch.library.opcheck(cpu_int_mm.op, (*activations.quantize(x, b.grid), b.weight, b.scales, bias, x.dtype))
 
 
 @pytest.fixture
@@ -122,6 +125,24 @@ def test_a_trace_takes_the_routes_that_were_chosen(quick, format, how, winner):
     before = set(cache)
     compiled = torch.compile(lambda x: dispatch.matmul(x, format, None, cache, how), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), eager) and set(cache) == before
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor compiles C++")
+@pytest.mark.parametrize("kernel", [cpu_int8, cpu_int_mm], ids=lambda k: k.__name__.rpartition(".")[2])
+def test_a_compiled_graph_rounds_where_the_norm_is_computed(kernel):
+    """One pass of Inductor's makes the codes of two linears behind one norm; what multiplies them stays ours."""
+    weights, x, w = [kernel.prepare(Rounded(make(48, 128, 8, 128, seed=i), "int8")) for i in (0, 1)], inputs(3, 128, BF16), inputs(1, 128, BF16, seed=2)[0]
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return w * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-5)).to(BF16)
+
+    def two(x: torch.Tensor) -> list[torch.Tensor]:
+        return [kernel.matmul(norm(x), weight) for weight in weights]
+
+    torch._dynamo.reset()
+    found, (code,) = run_and_get_code(torch.compile(two, fullgraph=True), x)
+    assert code.count("async_compile.cpp_pybinding") == 1 and len(re.findall(r"buf\d+ = torch.ops.compress.cpu_int", code)) == 2, code
+    assert max(map(error, found, two(x))) < 0.02  # the norm is not rounded to 16 bits before it is rounded to 8
 
 
 def test_inputs_are_not_rounded_where_that_is_slower(quick):
