@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -11,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from .arch import table_entry
 from .errors import CompressError
 from .formats import Format, build, join_rows
-from .kernels import dispatch
+from .kernels import dispatch, gated
 from .kernels.dispatch import AUTO, How
+from .kernels.gated import Gated
 
 
 class CompressedLinear(nn.Module):
@@ -91,8 +93,8 @@ class Fused:
     state_dict and artifact know nothing of it; kernels that read codes as they lie on disk keep a joined copy of them.
     """
 
-    def __init__(self, members: Sequence[CompressedLinear]):
-        self.members, self.rows = list(members), [m.out_features for m in members]
+    def __init__(self, members: Sequence[CompressedLinear], gated: bool = False):
+        self.members, self.rows, self.gated = list(members), [m.out_features for m in members], gated
         self.cache: dict = {}  # of the joined weight; the members' own stay empty
         self.x: Tensor | None = None
         self.parts: dict[int, Tensor] = {}  # rows of the last product that nobody has taken yet
@@ -102,8 +104,10 @@ class Fused:
     def __getstate__(self):
         return {**self.__dict__, "cache": {}, "x": None, "parts": {}}
 
-    def weight(self) -> Format:
-        return join_rows([m.format for m in self.members])  # type: ignore[return-value]
+    def weight(self) -> Format | Gated:
+        first, *others = formats = [m.format for m in self.members]
+        W: Format = join_rows(formats) if others else first  # type: ignore[assignment]
+        return Gated(W) if self.gated else W
 
     def bias(self) -> Tensor | None:
         return None if self.members[0].bias is None else torch.cat([m.bias for m in self.members])
@@ -118,16 +122,60 @@ class Fused:
         return y
 
 
+class GatedMLP(nn.Module):
+    """down(SiLU(gate(x)) · up(x)) in the place of the model's own module, whose children it takes over by name: gate and up are one product, which
+    kernels end with SiLU(gate) · up."""
+
+    def __init__(self, mlp: nn.Module, fused: Fused, down: str):
+        super().__init__()
+        for name, child in mlp.named_children():
+            self.add_module(name, child)
+        self.fused, self.down = fused, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = self.fused
+        return self.get_submodule(self.down)(dispatch.matmul(x, fused.weight, fused.bias(), fused.cache, fused.members[0].how))
+
+
+def is_gated(mlp: nn.Module, readers: Sequence[str], down: str) -> bool:
+    """Is this module down(SiLU(gate(x)) · up(x))? Asked of its own forward, with small linears in the place of its own."""
+    if len(readers) > 2:
+        return False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        small = {name: nn.Linear(8, 16 // len(readers), dtype=torch.float64) for name in readers} | {down: nn.Linear(8, 8, dtype=torch.float64)}
+        x = torch.randn(1, 3, 8, dtype=torch.float64)
+    if {name for name, m in mlp.named_children() if isinstance(m, CompressedLinear | nn.Linear)} != small.keys():
+        return False
+    probe = copy.copy(mlp)
+    probe.__dict__ = {**mlp.__dict__, "_modules": {**mlp._modules, **small}}
+    with torch.no_grad():
+        expected = small[down](gated.apply(torch.cat([small[name](x) for name in readers], -1)))
+        try:
+            return torch.allclose(probe(x), expected, rtol=1e-9)
+        except (RuntimeError, TypeError, AttributeError, ValueError):  # it asks for more than x, or for other widths
+            return False
+
+
 def fuse(model: nn.Module) -> list[Fused]:
-    """Let linears that read one activation and have one kind of format be multiplied together. In place; only of the architectures of arch.py."""
+    """Let linears that read one activation and have one kind of format be multiplied together, SiLU(gate) · up with them. In place; only of the
+    architectures of arch.py."""
     made: list[Fused] = []
     if (arch := table_entry(model)) is None:
         return made
     for block in model.get_submodule(arch.blocks):
-        for site in arch.sites_of(block):
+        sites = arch.sites_of(block)
+        for site in sites:
             layers = [m for m in map(block.get_submodule, site.linears) if isinstance(m, CompressedLinear)]
-            alike = len(layers) > 1 and len({m.bias is None for m in layers}) == 1
-            if alike and join_rows([m.format for m in layers]) is not None:
+            if len({m.bias is None for m in layers}) != 1 or (len(layers) > 1 and join_rows([m.format for m in layers]) is None):
+                continue
+            (parent, _, _), names = site.linears[0].rpartition("."), [path.rpartition(".")[2] for path in site.linears]
+            readers = [path for other in sites if other is not site for path in other.linears if path.rpartition(".")[0] == parent]
+            whole = parent and len(readers) == 1 and len(layers) == len(names)
+            if whole and is_gated(block.get_submodule(parent), names, down := readers[0].rpartition(".")[2]):
+                made.append(Fused(layers, gated=True))
+                block.set_submodule(parent, GatedMLP(block.get_submodule(parent), made[-1], down))
+            elif len(layers) > 1:
                 made.append(Fused(layers))
     return made
 

@@ -2,7 +2,8 @@
 
     dense-cached     dequantize once, keep the copy: the speed and the memory of the original weight
     dense-streamed   dequantize at every call: the memory of the compressed weight
-    parts            a combinator taken apart: x·Aᵀ + x·Bᵀ (each on its columns, for Columns), (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door
+    parts            a combinator taken apart: x·Aᵀ + x·Bᵀ (each on its columns, for Columns), (x·Bᵀ)·Aᵀ or (x·t)·Aᵀ, every part through this same door;
+                     and SiLU(gate) · up behind the product that makes both (gated.py)
     kronecker        a transform of the input by two small matrices
     rounded          the input on its grid and back (activations.py), then one of the routes above
     unrounded        where rounding 16-bit inputs costs more than integers save: the fastest route of the weight alone, which is what is taken and named
@@ -37,6 +38,8 @@ from torch import Tensor
 from ..formats import Columns, Dense, Format, IntGroup, Kronecker, Product, Scaled, Sum, Transformed, build
 from . import reference, tune
 from .activations import Grid, Rounded, dequantize, quantize, rounded
+from .gated import Gated
+from .gated import apply as gate
 
 log = logging.getLogger(__name__)
 Policy = Literal["auto", "dense", "reference"]
@@ -47,6 +50,8 @@ MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
 COPY = 1.25  # and a second repacked copy of a weight, for other numbers of rows, is to be worth its memory
 COMBINATORS = (Sum, Product, Transformed, Scaled, Columns)
 UNROUNDED = "unrounded"
+Weight = Format | Gated
+Seen = Format | Gated | Rounded  # a weight as kernels see it
 KERNELS = {  # device → name → file
     "cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
     "cuda": {"triton-int": "triton_int", "triton-fragment": "fragment", "triton-lut": "triton_lut", "triton-trellis": "triton_trellis",
@@ -86,7 +91,7 @@ KRONECKER = Route("kronecker", lambda format, dtype: format.T, lambda x, T, bias
 REFERENCE = Route("reference", _as_is, lambda x, format, bias: reference.matmul(x, format, bias).to(x.dtype))
 
 
-def matmul(x: Tensor, format: Format | Callable[[], Format], bias: Tensor | None = None, cache: dict | None = None, how: How = AUTO) -> Tensor:
+def matmul(x: Tensor, format: Weight | Callable[[], Weight], bias: Tensor | None = None, cache: dict | None = None, how: How = AUTO) -> Tensor:
     """x [..., in] → [..., out] in x's dtype. `format` may be a function that makes it, called only when a route has to be prepared.
 
     `cache` belongs to one module and one Format and holds what the routes prepared. It is not state: never saved or copied, and cleared by
@@ -113,7 +118,7 @@ def bucket(m: int) -> int:
     return BUCKETS[-1]
 
 
-def _open(x: Tensor, format: Format, cache: dict, key: tuple) -> tuple[Route, Any]:
+def _open(x: Tensor, format: Weight, cache: dict, key: tuple) -> tuple[Route, Any]:
     """The route and what it prepared, for a kind of call that the cache does not know yet."""
     grad, how = key[2:]
     format = leaf(format, how)  # type: ignore[assignment]
@@ -129,7 +134,7 @@ def _open(x: Tensor, format: Format, cache: dict, key: tuple) -> tuple[Route, An
     return cache[key]
 
 
-def _prepared(route: Route, format: Format, x: Tensor, cache: dict) -> Any:
+def _prepared(route: Route, format: Seen, x: Tensor, cache: dict) -> Any:
     """What `route` made of the Format, once for all buckets of rows; routes of one kernel that differ in tiling only share it."""
     slot = (route.name.partition("/")[0], x.dtype)
     if slot not in cache:
@@ -138,7 +143,7 @@ def _prepared(route: Route, format: Format, x: Tensor, cache: dict) -> Any:
     return cache[slot]
 
 
-def choose(format: Format | Rounded, x: Tensor, how: How = AUTO, held: Collection[str] = ()) -> Route:
+def choose(format: Seen, x: Tensor, how: How = AUTO, held: Collection[str] = ()) -> Route:
     """The route for x [m, in]: the only one there is, or the fastest at the edge of m's bucket. held: routes whose weight is there already."""
     if how.policy == "reference":
         return REFERENCE
@@ -149,7 +154,7 @@ def choose(format: Format | Rounded, x: Tensor, how: How = AUTO, held: Collectio
     return fastest(options, {name: t * (COPY if held and name.partition("/")[0] not in held else 1) for name, t in us.items()})
 
 
-def worth(format: Format | Rounded, x: Tensor, options: list[Route], how: How) -> bool:
+def worth(format: Seen, x: Tensor, options: list[Route], how: How) -> bool:
     """Is there anything to measure, and may it be measured now?"""
     exact = x.dtype in (torch.float32, torch.float64) and not isinstance(format, Rounded)
     capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph cannot be captured around a measurement
@@ -157,7 +162,7 @@ def worth(format: Format | Rounded, x: Tensor, options: list[Route], how: How) -
 
 
 @torch.no_grad()
-def tuned(format: Format, x: Tensor, how: How = AUTO) -> dict[str, Any]:
+def tuned(format: Weight, x: Tensor, how: How = AUTO) -> dict[str, Any]:
     """What `compress tune` tells: every route and tiling raced at the edge of x's bucket, the one that is taken, and why other kernels are not there."""
     seen = leaf(format, how)
     options = routes(seen, x, how)
@@ -166,9 +171,9 @@ def tuned(format: Format, x: Tensor, how: How = AUTO) -> dict[str, Any]:
             "refused": {name: why for name, why in reasons(seen, x).items() if why}}
 
 
-def leaf(format: Format, how: How) -> Format | Rounded:
+def leaf(format: Weight, how: How) -> Seen:
     """The weight as kernels see it: a leaf says how its input is rounded, the parts of a combinator will."""
-    return format if isinstance(format, COMBINATORS) else rounded(format, how.activations)
+    return format if isinstance(format, (*COMBINATORS, Gated)) else rounded(format, how.activations)
 
 
 def fastest(options: list[Route], us: dict[str, float]) -> Route:
@@ -179,7 +184,7 @@ def fastest(options: list[Route], us: dict[str, float]) -> Route:
     return best if us[best.name] * MARGIN <= us[home.name] else home
 
 
-def measured(format: Format | Rounded, x: Tensor, options: list[Route], how: How = AUTO, tilings: bool = False) -> dict[str, float]:
+def measured(format: Seen, x: Tensor, options: list[Route], how: How = AUTO, tilings: bool = False) -> dict[str, float]:
     """Microseconds of every option at the edge of x's bucket of rows, remembered or measured now; `tilings`: of those of each kernel too."""
     m = bucket(x.shape[0])
     rounding = f", {how.activations} activations" if how.activations and not isinstance(format, Rounded) else ""
@@ -187,7 +192,7 @@ def measured(format: Format | Rounded, x: Tensor, options: list[Route], how: How
                  f"{format.shape[0]}x{format.shape[1]} | {m} rows {str(x.dtype).removeprefix('torch.')}")  # fmt: skip
     entered = [*options, *(route for option in options if tilings for route in option.tilings)]
 
-    def runs(format: Format | Rounded) -> dict[str, Callable[[], Tensor]]:
+    def runs(format: Seen) -> dict[str, Callable[[], Tensor]]:
         own = torch.Generator(x.device).manual_seed(0)  # the user's random numbers must not depend on what was measured
         probe = torch.randn(m, x.shape[1], device=x.device, generator=own).to(x.dtype)
         held: dict = {}
@@ -197,15 +202,15 @@ def measured(format: Format | Rounded, x: Tensor, options: list[Route], how: How
         return tune.timings(situation, x.device, lambda: (runs(format), runs(copied(format))), [route.name for route in entered])
 
 
-def copied(format: Format | Rounded) -> Format | Rounded:
+def copied(format: Seen) -> Seen:
     """The same weight elsewhere in memory."""
-    if isinstance(format, Rounded):
-        return replace(format, inner=copied(format.inner))
+    if isinstance(format, Rounded | Gated):
+        return replace(format, inner=copied(format.inner))  # type: ignore[arg-type]
     return build(format.meta(), {name: t.clone() for name, t in format.tensors().items()})
 
 
-def routes(format: Format | Rounded, x: Tensor, how: How = AUTO) -> list[Route]:
-    """Whatever can run `format` on x, the plain route first."""
+def routes(format: Seen, x: Tensor, how: How = AUTO) -> list[Route]:
+    """Whatever can run `format` on x, first what has to be beaten: the plain route; the gate in the kernel, whose one copy serves every number of rows."""
     kernels = [_kernel_route(name, x.device.type, format, x) for name, why in reasons(format, x).items() if why is None]
     small = format.shape[0] * format.shape[1] < SMALL
     if how.memory == "auto" and (how.policy == "dense" or small or not packed(format, x)):
@@ -214,32 +219,34 @@ def routes(format: Format | Rounded, x: Tensor, how: How = AUTO) -> list[Route]:
     if isinstance(format, Rounded) and x.element_size() == 2:
         run = functools.partial(_unrounded, how._replace(activations=None))
         kernels.append(Route(UNROUNDED, lambda rounded, dtype: (rounded.inner, {}), run))
+    if isinstance(format, (*COMBINATORS, Gated)) and how.activations:  # only its leaves know where the input is rounded
+        return options
+    if isinstance(format, Gated):
+        return options if how.policy == "dense" else kernels + options
     if isinstance(format, COMBINATORS):
-        if how.activations:  # only its leaves know where the input is rounded
-            return options
         chain = [factor.shape for factor in format.factors] if isinstance(format, Product) else []
         if how.memory == "keep" and (not chain or sum(a * b for a, b in chain) >= format.shape[0] * format.shape[1]):
             options.append(CACHED)  # written out, unless its factors are the smaller matrices
     return options + kernels
 
 
-def packed(format: Format | Rounded, x: Tensor) -> bool:
+def packed(format: Seen, x: Tensor) -> bool:
     """Does some kernel multiply x by the codes, here or in a part?"""
     if isinstance(format, Sum | Product):
         return any(packed(part, x) for part in (format.terms if isinstance(format, Sum) else format.factors))
     if isinstance(format, Columns):
         return packed(format.first, x) or packed(format.second, x)
-    inner = isinstance(format, Transformed | Scaled | Rounded) and packed(format.inner, x)
+    inner = isinstance(format, Transformed | Scaled | Rounded | Gated) and packed(format.inner, x)
     return inner or any(why is None for why in reasons(format, x).values())
 
 
-def reasons(format: Format | Rounded, x: Tensor) -> dict[str, str | None]:
+def reasons(format: Seen, x: Tensor) -> dict[str, str | None]:
     """Kernel of x's device → None if it runs this, else the reason in words."""
     files = KERNELS.get(x.device.type, {})
     return {name: module.supports(format, x) if (module := _kernel(file)) else f"{file}.py cannot be imported here" for name, file in files.items()}
 
 
-def _kernel_route(name: str, device: str, format: Format | Rounded, x: Tensor) -> Route:
+def _kernel_route(name: str, device: str, format: Seen, x: Tensor) -> Route:
     module: Any = _kernel(KERNELS[device][name])
     variants = module.variants(format, x) if hasattr(module, "variants") else {}
     return Route(name, module.prepare, module.matmul, tuple(Route(f"{name}/{v}", module.prepare, run) for v, run in variants.items()))
@@ -255,8 +262,10 @@ def _kernel(file: str) -> ModuleType | None:
         return None
 
 
-def plain(format: Format | Rounded, how: How) -> Route:
+def plain(format: Seen, how: How) -> Route:
     """The route that always works and needs no measurement."""
+    if isinstance(format, Gated):
+        return Route("parts", lambda gated, dtype: (gated.inner, {}), functools.partial(_gated, how))
     if isinstance(format, Rounded):
         return Route("rounded", lambda rounded, dtype: (rounded.inner, rounded.grid, {}), functools.partial(_rounded, how._replace(activations=None)))
     if isinstance(format, COMBINATORS):
@@ -305,6 +314,11 @@ def _scaled(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
 def _columns(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
     first, second = (matmul(x[:, place], part, b, cache, how) for (place, part, cache), b in zip(parts, (bias, None), strict=True))
     return first + second
+
+
+def _gated(how: How, x: Tensor, prepared: tuple[Format, dict], bias: Tensor | None) -> Tensor:
+    inner, cache = prepared
+    return gate(matmul(x, inner, bias, cache, how))
 
 
 def _rounded(how: How, x: Tensor, prepared: tuple[Format, Grid, dict], bias: Tensor | None) -> Tensor:

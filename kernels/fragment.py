@@ -196,7 +196,7 @@ def matmul(x: Tensor, p: Prepared, bias: Tensor | None = None, config: Config | 
 
 def _launch(x: Tensor, bias: Tensor | None, *rest) -> Tensor:
     p, config = Prepared(*rest[:-1]), Config(*rest[-1]) if rest[-1] else None
-    if len(x) > ROWS and not p.gated:
+    if len(x) > ROWS:
         return prefill.matmul(x, p, bias)
     x = x if x.stride(-1) == 1 else x.contiguous()
     M, K = x.shape

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..formats import Dense, FloatBlock, Format, IntGroup, Lut, Product, Sum
 from . import fragment_layout as layout
+from .gated import Gated
 from .unpack import INTERPRET
 
 
@@ -78,8 +79,9 @@ def _exact(scales: Tensor) -> bool:
     return scales.dtype == torch.bfloat16 or bool((scales.to(torch.bfloat16).to(scales.dtype) == scales).all())
 
 
-def supports(format: Format, x: Tensor) -> str | None:
+def supports(format: Format | Gated, x: Tensor) -> str | None:
     """None if `prepare` and `matmul` run this, else the reason."""
+    format = format.inner if isinstance(format, Gated) else format
     if isinstance(format, Sum) and not (len(format.terms) == 2 and _is_low_rank(format.terms[1])):
         return f"{format.describe()} is not a weight plus one low-rank product of at most 128 columns"
     leaf = _leaf(format)
@@ -179,9 +181,9 @@ def _gate_order(out: int, device: torch.device) -> Tensor:
     return rows.view(2, -1, 8).transpose(0, 1).reshape(-1)
 
 
-def prepare(format: Format, dtype: torch.dtype = torch.bfloat16, gated: bool = False) -> Prepared:
-    """Repack a weight that `supports` accepts. gated: its first half of rows is the gate, its second the up projection of SiLU(gate) · up, and `matmul`
-    returns that product."""
+def prepare(format: Format | Gated, dtype: torch.dtype = torch.bfloat16) -> Prepared:
+    """Repack a weight that `supports` accepts."""
+    gated, format = isinstance(format, Gated), format.inner if isinstance(format, Gated) else format
     leaf = _leaf(format)
     (out, n), device = leaf.shape, leaf.codes.device
     c = _integers(leaf) if isinstance(leaf, IntGroup) else _values(leaf) if isinstance(leaf, Lut) else _floats(leaf)

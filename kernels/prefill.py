@@ -6,6 +6,7 @@ what remains is reading the codes, 2 %. The chunk is (q − z)·s in fp32 rounde
 """
 
 import functools
+from dataclasses import replace
 
 import torch
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import fragment_layout as layout
-from . import unpack
+from . import gated, unpack
 from .fragment_weight import Prepared
 from .unpack import copied, high, joined, low, pairs, rounded, tables
 
@@ -87,7 +88,11 @@ def dequantize(p: Prepared, first: int, last: int, out: Tensor) -> None:
 
 
 def matmul(x: Tensor, p: Prepared, bias: Tensor | None = None) -> Tensor:
-    """x bf16 [m, in] → bf16 [m, out]. A low-rank term is columns more: [x, u] · [W, B]^T. Not for gated weights, whose rows are interleaved."""
+    """x bf16 [m, in] → bf16 [m, out], or [m, out/2] of a gated weight. A low-rank term is columns more: [x, u] · [W, B]^T."""
+    if p.gated:
+        both = matmul(x, replace(p, gated=False, shape=(-(-p.shape[0] // 16) * 16, p.shape[1]))).view(len(x), -1, 2, 8)  # 8 gates, their 8 ups, …
+        y = torch.cat([both[:, :, half].reshape(len(x), -1)[:, : p.features] for half in (0, 1)], 1)
+        return gated.apply(y if bias is None else y + bias)
     (N, K), rank, y = p.shape, 0 if p.A is None else len(p.A), x.new_empty(x.shape[0], p.shape[0])
     rows = min(max(CHUNK // (K + rank) // 64, 1) * 64, -(-N // 64) * 64)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0

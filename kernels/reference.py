@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..formats import Columns, Dense, Format, Product, Scaled, Sum, Transformed
 from .activations import Grid, Rounded, dequantize, quantize
+from .gated import Gated, apply
 
 
 def dense(format: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,8 +40,11 @@ def rounded(x: Tensor, format: Format, grid: Grid) -> Tensor:
     return (x if isinstance(format, Dense) else dequantize(*quantize(x, grid), x.dtype)) @ dense(format, x.dtype).T
 
 
-def matmul(x: Tensor, format: Format | Rounded, bias: Tensor | None = None, dtype: torch.dtype = torch.float32, activations: Grid | None = None) -> Tensor:
+def matmul(x: Tensor, format: Format | Rounded | Gated, bias: Tensor | None = None, dtype: torch.dtype = torch.float32,
+           activations: Grid | None = None) -> Tensor:  # fmt: skip
     """x [..., in] in any float dtype → [..., out] in `dtype`: fp32, or fp64 to judge fp32 paths."""
+    if isinstance(format, Gated):
+        return apply(matmul(x, format.inner, bias, dtype, activations))
     if isinstance(format, Rounded):
         format, activations = format.inner, format.grid
     x = x.to(dtype)

@@ -10,6 +10,7 @@ from test_kernels import BF16, FP16, FP32, error, inputs, make
 from torch._inductor.utils import run_and_get_code
 
 import compress
+from compress import linear
 from compress.errors import CompressError
 from compress.formats import Columns, Dense, FloatBlock, IntGroup, Lut, Product, Scaled, Sum, Transformed, build, join_rows, split_rows
 from compress.kernels import activations, cpu_int8, cpu_int_mm, dispatch, reference, tune
@@ -245,12 +246,50 @@ def test_fused_layers_give_the_same_bits_and_keep_their_tensors(artifact, quick,
     ids = torch.arange(1, 4)[None]
     with torch.inference_mode():
         expected = plain(ids).logits
-        assert len(calls) == 14 and torch.equal(fused(ids).logits, expected) and len(calls) == 14 + 8
+        assert len(calls) == 14 and torch.equal(fused(ids).logits, expected) and len(calls) == 14 + 8 + 2  # gate and up are one inside SiLU(gate) · up
     assert fused.state_dict().keys() == plain.state_dict().keys()
     q = fused.model.layers[0].self_attn.q_proj
     assert q.fused[0].x is None and not q.cache and any(v[0].name == "cpu-pack" for k, v in q.fused[0].cache.items() if len(k) > 2)
     fused.to(torch.float32)
     assert not q.fused[0].cache
+
+
+class Wrong(torch.nn.Module):
+    """Children of the same names, another function."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        self.gate_proj, self.up_proj, self.down_proj = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, more=None):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.how == "gelu":
+            return self.down_proj(torch.nn.functional.gelu(gate) * up)
+        if self.how == "swapped":
+            return self.down_proj(torch.nn.functional.silu(up) * gate)
+        return self.down_proj(torch.nn.functional.silu(gate) * up) + (more if self.how == "asks" else 0)
+
+
+def test_a_gate_is_recognized_by_what_it_computes():
+    names = ["gate_proj", "up_proj"], "down_proj"
+    assert [linear.is_gated(Wrong(how), *names) for how in ("", "gelu", "swapped", "asks")] == [True, False, False, False]
+    assert not linear.is_gated(Wrong(""), ["gate_proj"], "down_proj") and not linear.is_gated(Wrong(""), ["gate_proj", "up_proj", "x"], "down_proj")
+
+
+@pytest.mark.parametrize("name, gated", [("qwen2", 2), ("phi3", 2), ("gemma2", 0), ("opt", 0), ("mixtral", 8)])
+def test_models_whose_gate_goes_into_the_product(name, gated, quick, tmp_path):
+    """Llama-like ones, Phi-3's and experts whose gate and up are one linear already; the same bits as without."""
+    from tiny import save_tiny
+
+    save_tiny(name, tmp_path / "model")
+    step = {"method": "rtn", "bits": 4, "group_size": 32}
+    compress.run(str(tmp_path / "model"), {"name": "w4", "steps": [step]}, output=tmp_path / "w4", show=False)
+    plain, fused = (compress.load(str(tmp_path / "w4"), fuse=f) for f in (False, True))
+    assert sum(isinstance(m, linear.GatedMLP) for m in fused.modules()) == gated and fused.state_dict().keys() == plain.state_dict().keys()
+    ids = torch.arange(1, 9)[None]
+    with torch.inference_mode():
+        assert torch.equal(fused(ids).logits, plain(ids).logits)
 
 
 @pytest.mark.parametrize("options", [{}, {"fuse": True}, {"activations": "int8"}], ids=["plain", "fused", "int8"])

@@ -22,6 +22,7 @@ from compress.formats import Dense, FloatBlock, Format, IntGroup, Lut, Product, 
 from compress.kernels import fragment, prefill, reference, tiles, unpack
 from compress.kernels import fragment_layout as layout
 from compress.kernels.fragment import Config
+from compress.kernels.gated import Gated
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,10 +179,10 @@ def test_low_rank_term(m, splits):
 def test_gate_and_up_in_one_weight(name, out, m, splits):
     leaf = {"int4": ints(out, 192, 4, 64, "int"), "lut": lut(out, 75, 8, 0), "int8": ints(out, 75, 8, 75)}[name]
     format = Sum((leaf, low_rank(*leaf.shape, 4))).to(DEVICE)
-    x, bias, p = inputs(m, leaf.shape[1]) / 8, inputs(1, out)[0], fragment.prepare(format, gated=True)
+    x, bias, p = inputs(m, leaf.shape[1]) / 8, inputs(1, out)[0], fragment.prepare(Gated(format))
     gate, up = reference.matmul(x, format, bias, torch.float64).chunk(2, -1)
-    y = fragment.matmul(x, p, bias)
-    assert y.shape == (m, out // 2) and error(y, F.silu(gate) * up) < 2**-6
+    for y in (fragment.matmul(x, p, bias), prefill.matmul(x, p, bias)):
+        assert y.shape == (m, out // 2) and error(y, F.silu(gate) * up) < 2**-6
 
 
 def test_split_sums_are_added_in_one_order():
@@ -370,7 +371,7 @@ def test_gpu_every_tiling(m):
 @gpu
 def test_gpu_epilogues_in_a_cuda_graph():
     format = Sum((ints(2048, 4096, 4, 128, "int"), low_rank(2048, 4096, 16))).to("cuda")
-    p, q, x, bias = fragment.prepare(format), fragment.prepare(format, gated=True), inputs(3, 4096) / 64, inputs(1, 2048)[0]
+    p, q, x, bias = fragment.prepare(format), fragment.prepare(Gated(format)), inputs(3, 4096) / 64, inputs(1, 2048)[0]
     eager = fragment.matmul(x, p, bias), fragment.matmul(x, q, bias)
     exact = reference.matmul(x, format, bias, torch.float64)
     gate, up = exact.chunk(2, -1)
