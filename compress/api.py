@@ -373,7 +373,7 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     memory "keep" lets a layer keep dense and repacked copies wherever they are fastest (prompts on CPU), "bounded" no dense one, "auto" is "keep" on a CPU
     whose free memory would hold the dense weights twice; elsewhere dense copies stay only where no kernel multiplies by the codes.
     activations int8, int4 or fp8: what compressed weights multiply is rounded to it, one scale a token (kernels/activations.py).
-    fuse: q, k and v, and gate and up, are multiplied as one where their formats are of one kind (architectures of compress/arch.py).
+    fuse: q, k and v, and gate and up (then SiLU(gate) · up), are multiplied as one where their formats are of one kind (architectures of compress/arch.py).
     compile: generate() compiles its decoding step (torch.compile, fullgraph, static cache); `rows` are the batch sizes that will meet it.
     """
     if activations not in (None, *LARGEST):

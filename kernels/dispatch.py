@@ -55,8 +55,8 @@ Seen = Format | Gated | Rounded  # a weight as kernels see it
 KERNELS = {  # device → name → file
     "cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
     "cuda": {"triton-int": "triton_int", "triton-fragment": "fragment", "triton-lut": "triton_lut", "triton-trellis": "triton_trellis",
-             "triton-2:4": "triton_sparse24", "triton-a8": "triton_a8", "triton-kronecker": "triton_transform", "cublas-a8": "cublas_a8",
-             "cusparselt": "cusparselt"},
+             "triton-2:4": "triton_sparse24", "triton-a8": "triton_a8", "triton-kronecker": "triton_transform", "triton-rotated": "triton_rotated",
+             "cublas-a8": "cublas_a8", "cusparselt": "cusparselt"},
 }  # fmt: skip
 
 
@@ -172,8 +172,9 @@ def tuned(format: Weight, x: Tensor, how: How = AUTO) -> dict[str, Any]:
 
 
 def leaf(format: Weight, how: How) -> Seen:
-    """The weight as kernels see it: a leaf says how its input is rounded, the parts of a combinator will."""
-    return format if isinstance(format, (*COMBINATORS, Gated)) else rounded(format, how.activations)
+    """The weight as kernels see it: a leaf says how its input is rounded, behind a transform of its own too; the parts of other combinators will."""
+    rotated = isinstance(format, Transformed) and isinstance(format.transform, Kronecker) and not isinstance(format.inner, (*COMBINATORS, Dense))
+    return format if isinstance(format, (*COMBINATORS, Gated)) and not rotated else rounded(format, how.activations)  # type: ignore[arg-type]
 
 
 def fastest(options: list[Route], us: dict[str, float]) -> Route:
@@ -216,7 +217,7 @@ def routes(format: Seen, x: Tensor, how: How = AUTO) -> list[Route]:
     if how.memory == "auto" and (how.policy == "dense" or small or not packed(format, x)):
         how = how._replace(memory="keep")
     options = [plain(format, how)]
-    if isinstance(format, Rounded) and x.element_size() == 2:
+    if isinstance(format, Rounded) and x.element_size() == 2 and not isinstance(format.inner, Transformed):
         run = functools.partial(_unrounded, how._replace(activations=None))
         kernels.append(Route(UNROUNDED, lambda rounded, dtype: (rounded.inner, {}), run))
     if isinstance(format, (*COMBINATORS, Gated)) and how.activations:  # only its leaves know where the input is rounded
@@ -266,6 +267,8 @@ def plain(format: Seen, how: How) -> Route:
     """The route that always works and needs no measurement."""
     if isinstance(format, Gated):
         return Route("parts", lambda gated, dtype: (gated.inner, {}), functools.partial(_gated, how))
+    if isinstance(format, Rounded) and isinstance(format.inner, Transformed):
+        return Route("parts", lambda rounded, dtype: _parts(rounded.inner, dtype), functools.partial(_chain, how))
     if isinstance(format, Rounded):
         return Route("rounded", lambda rounded, dtype: (rounded.inner, rounded.grid, {}), functools.partial(_rounded, how._replace(activations=None)))
     if isinstance(format, COMBINATORS):

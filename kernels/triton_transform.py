@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..formats import Format, Kronecker
-from .activations import LARGEST
+from . import ops
+from .activations import LARGEST, Grid
 from .tiles import INTERPRET, refuses
 from .triton_quantize import codes_like, rounded
 
@@ -111,26 +112,40 @@ def _padded(P: Tensor, dtype: torch.dtype) -> Tensor:
 
 def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
     """x [m, n] → [m, n] in its dtype."""
-    return transform(x, prepared, bias)  # type: ignore[return-value]
+    return transform(x, prepared, bias, x.dtype)
 
 
-def transform(x: Tensor, T: Prepared, bias: Tensor | None = None, grid: str | None = None, dtype: torch.dtype | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """x [m, a·b] in the factors' dtype (fp32 runs in tf32) → [m, a·b] in `dtype`, or with a grid ("int8", "int4", "fp8") its codes and fp32 scales [m, 1].
+def transform(x: Tensor, T: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x [m, a·b] in the factors' dtype (fp32 runs in tf32) → [m, a·b] in `dtype`.
 
     bf16 and fp16 are rounded to their dtype between the two products; sums are fp32."""
+    return op(x, T.left, T.right, T.diagonal, bias, T.behind, T.a, T.b, "", dtype)[0]
+
+
+def quantized(x: Tensor, T: Prepared, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The transformed tokens on their grid: codes [m, a·b] and scales fp32 [m, 1]."""
+    return op(x, T.left, T.right, T.diagonal, None, T.behind, T.a, T.b, grid, codes_like(grid))
+
+
+def _launch(x: Tensor, left: Tensor | None, right: Tensor, diagonal: Tensor | None, bias: Tensor | None, behind: bool, a: int, b: int, grid: str,
+            dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
     m, n = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    dtype = codes_like(grid) if grid else dtype or x.dtype
     y = torch.empty(m, n, dtype=torch.float32 if INTERPRET and not grid else dtype, device=x.device)
-    scales = torch.empty(m, 1, device=x.device) if grid else None
-    A, B = _padded_size(T.a), _padded_size(T.b)
+    scales = torch.empty(m if grid else 0, 1, device=x.device)
+    A, B = _padded_size(a), _padded_size(b)
     if m:
-        _kronecker[(m,)](x, T.left, T.right, T.diagonal, bias, y, scales, x.stride(0), T.a, T.b, LEFT=T.left is not None,
-                         SIGNS=0 if T.diagonal is None else 2 if T.behind else 1, BIAS=bias is not None, LARGEST=LARGEST.get(grid or "", 0),
+        _kronecker[(m,)](x, left, right, diagonal, bias, y, scales, x.stride(0), a, b, LEFT=left is not None,
+                         SIGNS=0 if diagonal is None else 2 if behind else 1, BIAS=bias is not None, LARGEST=LARGEST.get(grid, 0),
                          FP8=grid == "fp8", EXACT=INTERPRET, A=A, B=B, CHUNK=min(CHUNK, A), num_warps=launch(A, B))  # fmt: skip
-    return (y, scales) if scales is not None else y.to(dtype)
+    return y.to(dtype), scales
 
 
 def launch(A: int, B: int) -> int:
     """Warps: 64 accumulators a thread."""
     return min(16, max(4, A * B // 2048))
+
+
+op = ops.define("kronecker", "(Tensor x, Tensor? left, Tensor right, Tensor? diagonal, Tensor? bias, bool behind, int a, int b, str grid, ScalarType dtype)"
+                " -> (Tensor, Tensor)", lambda x, left, right, diagonal, bias, behind, a, b, grid, dtype:
+                (x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x) if grid else 0, 1, dtype=torch.float32)), CPU=_launch, CUDA=_launch)  # fmt: skip

@@ -176,7 +176,7 @@ def _run(x: Tensor, words: Tensor, luts: Tensor, info: Tensor, columns: Tensor, 
         shares, (partial, arrived) = tiles.split(tiles_of_n, tiles_of_k, BN * const["BM"], x.device), tiles.workspace(x)
         _matmul[(tiles_of_n, 1, shares)](x, words, luts, info, columns, steps, y, partial, arrived, M, N, tiles_of_k, x.stride(0), SPLIT=shares,
                                            LENGTH=length, EXACT=tiles.INTERPRET, num_warps=4, num_stages=3, **const)  # fmt: skip
-    return transform(y, triton_transform.Prepared(left, right, diagonal, True, a, b), bias, dtype=x.dtype)  # type: ignore[return-value]
+    return transform(y, triton_transform.Prepared(left, right, diagonal, True, a, b), bias, x.dtype)
 
 
 def launch(m: int) -> dict:

@@ -81,6 +81,6 @@ def test_transform_of_real_widths():
             x = gaussian(M, n, seed=M, dtype=BF16)
             exact = hadamard.transform(x.double(), hadamard.signs(n, 1, "cuda").double())
             poison()
-            assert ((triton_transform.transform(x, T).double() - exact).norm() / exact.norm()).item() < 2**-6
-            codes, scales = triton_transform.transform(x, T, grid="int8")
+            assert ((triton_transform.matmul(x, T).double() - exact).norm() / exact.norm()).item() < 2**-6
+            codes, scales = triton_transform.quantized(x, T, "int8")
             assert ((codes.double() * scales - exact).norm() / exact.norm()).item() < 0.03

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import ptx
 import sass
+from test_a8_kernels import random_int
 
 from compress import hadamard
 from compress.formats import Dense, Kronecker, Transformed
-from compress.kernels import activations, dispatch, reference, triton_quantize, triton_transform
+from compress.kernels import activations, dispatch, reference, tiles, triton_quantize, triton_rotated, triton_transform
+from compress.kernels.activations import Rounded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -16,6 +19,12 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def gaussian(*shape, seed=0, dtype=FP32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    if tiles.INTERPRET:
+        monkeypatch.setattr(*ptx.EMULATOR)
 
 
 def error(y, exact):
@@ -42,7 +51,7 @@ def test_kronecker(a, b, dtype):
         x, bias = gaussian(m, 2 * n, dtype=dtype)[:, :n], gaussian(n, seed=4, dtype=dtype) if m == 3 else None
         T = Kronecker(torch.eye(n // b, device=DEVICE) if left is None else left, right, torch.ones(n, device=DEVICE) if d is None else d, bool(behind))
         assert triton_transform.supports(T, x) is None or dtype == FP32
-        y = triton_transform.transform(x, triton_transform.prepared(T, dtype), bias)
+        y = triton_transform.matmul(x, triton_transform.prepared(T, dtype), bias)
         exact = x.double() if behind is None or behind else x.double() * d.double()
         exact = exact @ whole * (d.double() if behind else 1) + (0 if bias is None else bias.double())
         assert y.dtype == dtype and error(y, exact) < {FP32: 2e-3 if DEVICE == "cuda" else 1e-6, BF16: 2**-6}[dtype]
@@ -103,11 +112,35 @@ def test_transform_quantizes_what_it_made(grid):
     n, m = 384, 5
     T = triton_transform.prepared(Kronecker.hadamard(n, 1).to(DEVICE), FP32)
     x = gaussian(m, n)
-    codes, scales = triton_transform.transform(x, T, grid=grid)
+    codes, scales = triton_transform.quantized(x, T, grid)
     exact, scale = levels(hadamard.transform(x, hadamard.signs(n, 1, DEVICE)).double(), grid)
     torch.testing.assert_close(scales.double(), scale, rtol=1e-5 if DEVICE == "cpu" else 2e-3, atol=0)
     if DEVICE == "cpu":
         near(codes, exact, grid)
+
+
+@pytest.mark.parametrize("bits, group, grid", [(8, None, "int8"), (4, 64, "int8"), (4, None, "int4")])
+def test_a_rotated_weight_meets_codes_that_the_transform_made(bits, group, grid, monkeypatch):
+    T, weight = Kronecker.hadamard(192, 3).to(DEVICE), random_int(70, 192, bits, group)
+    format, x, bias = Transformed(weight, T), gaussian(5, 192, dtype=BF16), gaussian(70, seed=2)
+    asked = Rounded(format, grid)
+    assert triton_rotated.supports(asked, x) is None
+    assert "rounded activations" in triton_rotated.supports(format, x) and "not Kronecker" in triton_rotated.supports(
+        Rounded(Transformed(weight, Dense(T.dequantize())), grid), x)  # fmt: skip
+    assert "Dense" in triton_rotated.supports(Rounded(Transformed(Dense(weight.dequantize()), T), grid), x)
+    prepared = triton_rotated.prepare(asked, BF16)
+    codes, scales = triton_transform.quantized(x, prepared.transform, grid)
+    exact = codes.double() * scales.double() @ weight.dequantize(torch.float64).T + bias.double()
+    assert error(triton_rotated.matmul(x, prepared, bias), exact) < 2**-8
+    most, slow = 0.25 if grid == "int4" else 0.02, reference.matmul(x, asked, bias, torch.float64)  # bf16 between the two factors moves some codes by one
+    assert error(exact, slow) < most
+    monkeypatch.setitem(dispatch.KERNELS, DEVICE, {"triton-rotated": "triton_rotated"})
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    for fast in ("triton-rotated", "parts"):
+        monkeypatch.setattr(dispatch, "measured", lambda format, x, options, *more, fast=fast: {r.name: 1.0 if r.name == fast else 9.0 for r in options})
+        how, cache = dispatch.How(activations=grid), {}
+        assert error(dispatch.matmul(x, format, bias, cache, how), slow) < most
+        assert [route.name for key, (route, _) in ((k, v) for k, v in cache.items() if len(k) == 4)] == [fast]
 
 
 def test_ties_go_where_activations_on_cpu_go():
