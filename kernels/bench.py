@@ -1,4 +1,4 @@
-"""python -m compress.kernels.bench [--device cpu|cuda] [--json FILE] [--write docs/kernels.md]: every format beside a bf16 linear, in one run.
+"""python -m compress.kernels.bench [--device cpu|cuda] [--json FILE] [--minutes M] [--write docs/kernels.md]: every format beside a bf16 linear, in one run.
 
 Weights come from memory, as between two decoding steps. CPU: the median of single calls that take turns, each behind a flush of the caches and a call
 on another copy of the weight (tune.py). CUDA: one graph of at least 24 launches that rotate over at least 200 MB of distinct weights (an H200's
@@ -8,15 +8,22 @@ A row is a layer as a model runs it: CompressedLinear beside nn.Linear, by the k
 for every kernel that supports the format (KERNELS of dispatch.py), one for every peer that is installed (peers.py), the ceilings of the device, and
 the linears of an 8B model in one graph. GB/s counts bytes of the artifact; the error is relative to the fp64 product of the same codes (and the
 same rounded input). Random data: speed does not depend on it, and nothing is downloaded.
+
+A GPU is often lent for minutes. There kernels are compiled beforehand by as many processes as there are cores, and with --json FILE figures are written after
+every number of rows: the same command goes on from that file, and begins nothing behind --minutes. What a time is compared with is always of the same run.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
+import multiprocessing
 import statistics
 import subprocess
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,11 +38,12 @@ from .activations import Grid, Rounded, dequantize, quantize, rounded
 from .dispatch import How
 
 SHAPES = {"cpu": [(1024, 384), (4096, 4096)],  # the yardstick's gate and up, an 8B model's o
-          "cuda": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)]}  # 8B and 70B
-ROWS = {"cpu": (1, 4, 16, 64), "cuda": (1, 4, 16, 64, 256, 2048)}
+          "cuda": [(4096, 4096), (57344, 8192), (28672, 4096), (8192, 8192), (6144, 4096), (4096, 14336), (10240, 8192), (8192, 28672)]}  # 8B and 70B
+ROWS = {"cpu": (1, 4, 16, 64), "cuda": (1, 16, 64, 256, 2048, 4)}  # both in the order in which they are wanted
 STACK = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]  # linears of one block of an 8B model
 ROTATE = 200_000_000  # bytes
 DENSE = "bf16 nn.Linear"
+REFUSALS = (LookupError, RuntimeError, ValueError, AssertionError)  # of a kernel or peer that does not take a shape
 
 
 def integers(bits: int, group: int, asym: bool = False, levels: int | None = None) -> Callable:
@@ -203,7 +211,7 @@ def measure(found: list[Line], x: Tensor, notes: list[str]) -> dict[str, float]:
             for run in path.copies[:2]:
                 run(x)
             works[path.name] = path
-        except (LookupError, RuntimeError, ValueError, AssertionError) as error:  # a kernel or peer that does not take this shape
+        except REFUSALS as error:
             notes.append(f"{path.name}, {x.shape[0]} rows of {x.shape[1]}: {str(error).splitlines()[0]}")
     if x.is_cuda:
         return {name: graph_us(path.copies, x) for name, path in works.items()}
@@ -212,13 +220,33 @@ def measure(found: list[Line], x: Tensor, notes: list[str]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def bench(device: str, notes: list[str]) -> list[dict]:
-    """A record for every path, shape and number of rows; what did not run is told in `notes`."""
-    generator = torch.Generator(device).manual_seed(0)
-    records = []
-    for shape in SHAPES[device]:
-        found = paths(device, shape, generator, notes)
+def build(device: str, shape: tuple[int, int], name: str) -> None:
+    """Call every kernel of a format once for every number of rows, in a process of its own: what triton compiles stays on disk."""
+    make, grid = FORMATS[name]
+    layer = CompressedLinear(make(shape, torch.Generator(device).manual_seed(0)), how=How(activations=grid))
+    for kernel in dispatch.KERNELS[device]:
+        run = _kernel(layer, kernel)
         for m in ROWS[device]:
+            with contextlib.suppress(*REFUSALS):  # told where it is measured
+                run(torch.zeros(m, shape[1], device=device, dtype=torch.bfloat16))
+
+
+@torch.inference_mode()
+def bench(device: str, notes: list[str], records: list[dict], until: float = math.inf, keep: Callable[[], object] = lambda: None) -> list[str]:
+    """Append a record for every path, shape and number of rows that `records` lacks, and tell in `notes` what did not run; `keep` is called behind each
+    number of rows. Returns what is left of it when `until` (of time.monotonic) comes."""
+    generator = torch.Generator(device).manual_seed(0)
+    known, left = {(*r["shape"], r["m"]) for r in records}, []
+    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) if device == "cuda" else None
+    for shape in SHAPES[device]:
+        todo = [m for m in ROWS[device] if (*shape, m) not in known]
+        if todo and pool and time.monotonic() < until:
+            list(pool.map(functools.partial(build, device, shape), FORMATS))
+        found = paths(device, shape, generator, notes) if todo and time.monotonic() < until else []
+        for m in todo:
+            if time.monotonic() >= until:
+                left.append(f"{shape[0]}×{shape[1]} with {m} rows")
+                continue
             x = torch.randn(m, shape[1], generator=generator, device=device).to(torch.bfloat16)
             us = measure(found, x, notes)
             for path in found:
@@ -229,8 +257,11 @@ def bench(device: str, notes: list[str]) -> list[dict]:
                         error = min(((y - exact).norm() / exact.norm()).item() for exact in path.exact(few))
                     records.append({"shape": list(shape), "m": m, "path": path.name, "kernel": path.chosen(x), "us": us[path.name],
                                     "gb_s": path.nbytes / us[path.name] / 1e3, "speedup": us[DENSE] / us[path.name], "error": error})  # fmt: skip
+            keep()
         del found
-    return records
+    if pool:
+        pool.shutdown()
+    return left
 
 
 @torch.inference_mode()
@@ -281,7 +312,7 @@ def markdown(machine: str, result: dict) -> str:
     records = result["rows"]
     for shape in dict.fromkeys(tuple(r["shape"]) for r in records):
         here = {(r["path"], r["m"]): r for r in records if tuple(r["shape"]) == shape}
-        rows = list(dict.fromkeys(m for _, m in here))
+        rows = sorted({m for _, m in here})
         text += [f"| {shape[0]}×{shape[1]} | " + " | ".join(f"{m} row{'s' * (m > 1)}" for m in rows) + " | error |", "|---" * (len(rows) + 2) + "|"]
         for path in dict.fromkeys(path for path, _ in here):
             cells = [_cell(here.get((path, m)), path == DENSE, result["ceilings"].get("read GB/s")) for m in rows]
@@ -316,24 +347,34 @@ def write(file: Path, device: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="every figure, and why a kernel or peer did not run")
+    parser.add_argument("--json", type=Path, help="every figure, and why a kernel or peer did not run; what it holds of this machine is not measured again")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing behind so many")
     parser.add_argument("--write", type=Path, help="put the tables into this document")
     args = parser.parse_args()
+    until = time.monotonic() + 60 * args.minutes
     machine = tune.machine(torch.device(args.device), torch.get_num_threads())
     if args.device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         machine += f", CUDA {torch.version.cuda}, driver {subprocess.run(query, capture_output=True, text=True).stdout.split()[0]}"
         machine += "".join(f", {name} {version}" for name, version in peers.versions().items())
-    notes: list[str] = []
-    result = {"machine": machine, "torch": torch.__version__, "ceilings": ceilings(args.device), "rows": bench(args.device, notes), "notes": notes}
-    if args.device == "cuda":
+    result: dict = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {"machine": machine, "torch": torch.__version__}
+    if (result["machine"], result["torch"]) != (machine, torch.__version__):
+        raise SystemExit(f"{args.json} holds figures of {result['machine']} with torch {result['torch']}, this is {machine} with {torch.__version__}; "
+                         "name another file")  # fmt: skip
+    keep = lambda: args.json and args.json.write_text(json.dumps(result, indent=1))
+    if "ceilings" not in result:
+        result["ceilings"] = ceilings(args.device)
+    if args.device == "cuda" and "stack" not in result:
         result["stack"] = stack()
+    left = bench(args.device, result.setdefault("notes", []), result.setdefault("rows", []), until, keep)
     text = markdown(machine, result)
     print(text)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    keep()
     if args.write:
         write(args.write, args.device, text)
+    if left:
+        then = "the same command goes on" if args.json else "name a --json FILE to go on from"
+        print(f"\nnot measured within {args.minutes:g} minutes: {', '.join(left)}; {then}")
 
 
 if __name__ == "__main__":

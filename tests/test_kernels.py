@@ -415,13 +415,31 @@ def test_bench_reports_every_path(monkeypatch, capsys, cache_folder):
     monkeypatch.setattr(bench, "CPU", tuple(bench.FORMATS))
     file, document = cache_folder / "bench.json", cache_folder / "kernels.md"
     document.write_text("# Kernels\n\nAbove.\n\n<!-- bench cpu -->\nold\n<!-- bench cpu -->\n\nBelow.\n")
-    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--json", str(file), "--write", str(document)])
+    command = ["bench", "--device", "cpu", "--json", str(file), "--write", str(document)]
+    monkeypatch.setattr(sys, "argv", [*command, "--minutes", "0"])
+    bench.main()
+    assert "0 minutes: 32×256 with 1 rows, 32×256 with 5 rows; the same command goes on" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", command)
     bench.main()
     result = json.loads(file.read_text())
     assert len(result["rows"]) == 2 * (2 + len(bench.FORMATS)) and not result["notes"]
     assert all(r["speedup"] == 1 and (r["path"] == bench.DENSE or (r["error"] < 0.01 and r["kernel"])) for r in result["rows"])
     text = document.read_text()
     assert capsys.readouterr().out.strip() in text and "Above." in text and "Below." in text and "old" not in text and text.count("bench cpu") == 2
+    monkeypatch.setattr(bench, "measure", None)  # nothing is left to measure, and no other machine's figures are mixed in
+    bench.main()
+    assert json.loads(file.read_text()) == result
+    file.write_text(json.dumps(result | {"machine": "another"}))
+    with pytest.raises(SystemExit, match="figures of another"):
+        bench.main()
+
+
+def test_bench_builds_every_kernel_beforehand(monkeypatch):
+    seen, inner = [], bench._kernel
+    monkeypatch.setattr(bench, "_kernel", lambda layer, name: lambda x: (seen.append((name, len(x))), inner(layer, name)(x)))
+    monkeypatch.setattr(bench, "ROWS", {"cpu": (1, 5)})
+    bench.build("cpu", (32, 256), "W8A8")
+    assert seen == [(name, m) for name in dispatch.KERNELS["cpu"] for m in (1, 5)]
 
 
 # ---------------------------------------------------------------- only on a GPU
@@ -456,4 +474,4 @@ def test_gpu_dispatch_in_a_cuda_graph(cache_folder):
 def test_gpu_bench(monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"cuda": [(1024, 1024)]})
     monkeypatch.setattr(bench, "ROWS", {"cuda": (1, 64)})
-    assert all(row["us"] > 0 and (row["error"] or 0) < 0.01 for row in bench.bench("cuda", []))
+    assert not bench.bench("cuda", [], rows := []) and all(row["us"] > 0 and (row["error"] or 0) < 0.01 for row in rows)
