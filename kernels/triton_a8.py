@@ -44,7 +44,7 @@ def _bytes(x, w, sx, sw, bias, y, partial, arrived, M, N, K, padded, BIAS: tl.co
         if EXACT:
             acc = tl.dot(v.to(tl.float32), xt.to(tl.float32), acc, input_precision="ieee")
         else:
-            acc = tl.dot(v, xt, acc)
+            acc = tl.dot(v, xt, acc, out_dtype=acc.dtype)
     total = acc.to(tl.float32) * tl.load(sw + n)[:, None] * tl.load(sx + m, m < M, 0.0)[None, :]
     tiles.finish(total, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
 
@@ -83,7 +83,7 @@ def _nibbles(x, w, sx, sw, bias, y, partial, arrived, M, N, K, groups, rows, BIA
             if EXACT:
                 part = tl.dot(v.to(tl.float32), xt.to(tl.float32), part, input_precision="ieee")
             else:
-                part = tl.dot(v, xt, part)
+                part = tl.dot(v, xt, part, out_dtype=part.dtype)
         if GROUPED:
             acc += part.to(tl.float32) * scale[:, None]
     if not GROUPED:
