@@ -21,10 +21,10 @@ class Heal:
     alpha: float = 32.0  # an adapter counts alpha / rank
     merge: bool = True  # adapters become part of weights that can take them; False: each stays a term of its own
     lr: float = 1e-3  # Adam's step for adapters, at its peak
-    weight_lr: float = 1e-3  # the same for whole weights, as a share of their root mean square, and for integer codes, in steps of their grid
+    weight_lr: float = 2e-3  # the same for whole weights, as a share of their root mean square, and for integer codes, in steps of their grid
     scale_lr: float = 1e-3  # the same for norm weights and the logarithm of scales
     warmup: int = 20  # steps until the peak, then a cosine down to 0
-    batch: int = 8  # windows of an optimizer step, all processes together
+    batch: int = 16  # windows of an optimizer step, all processes together
     micro: int = 2  # windows of one forward and backward; the gradients of a step's are accumulated
     kl: float = 1.0  # weight of the divergence from the original's predictions
     states: float = 10.0  # weight of the distance between what the heads read: every number of a token's last state, where predictions show but a few
