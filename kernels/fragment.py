@@ -24,7 +24,7 @@ from . import fragment_layout as layout
 from . import ops, prefill, unpack
 from .fragment_weight import Prepared, prepare, supports
 from .tiles import PARTIAL, handed_in, output, shares, total, workspace
-from .unpack import copied, joined, mul, pairs, tables
+from .unpack import copied, in_rows, joined, mul, nth, numbers, pairs, tables, twos
 
 __all__ = ["Config", "Prepared", "matmul", "prepare", "rule", "supports", "variants"]
 ROWS = 256  # of x
@@ -84,27 +84,39 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
     if z is None or sums is not None:
         z0 = tl.full((1, 1), OFFSET, tl.int32) if OFFSET else None
         z1 = z0
+    elif SCALE == "channel":
+        both = tl.load(z + block * (BN // 2) + r)[:, None]
+        z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
+    PACK: tl.constexpr = 4 // GROUP if GROUP < 3 else 1  # scales that lie together, those of 256 columns
+    LOAD: tl.constexpr = PACK * STEP // 4 if PACK > 1 else 1  # ... of which an iteration takes
+    near = ((block * (BN // 2) + r) * PACK)[:, None] + tl.arange(0, LOAD)[None, :]
     for step in range(split, steps, SPLIT):
+        ws, xs = wp + step * (STEP // UNITS * PLANES * 128), xp + step * (STEP * 64)
         for j in tl.static_range(STEP):
             unit = step * STEP + j
             if j % UNITS == 0:
-                p = wp + unit // UNITS * (PLANES * 128)
+                p = ws + j // UNITS * (PLANES * 128)
                 w0 = tl.load(p, eviction_policy="evict_first")
                 w1 = tl.load(p + 128, eviction_policy="evict_first") if PLANES > 1 else w0
                 w2 = tl.load(p + 256, eviction_policy="evict_first") if PLANES > 2 else w0
             if j % PART == 0:
-                g = unit // GROUP * padded
+                g = unit // GROUP
+                if j % (PART * LOAD) == 0 and (SCALE == "group" or SCALE == "weight"):
+                    table_row = near + (g // PACK * (padded // 2 * PACK) + g % PACK)
+                    many = tl.load(twos(s) + table_row)
+                    if z is not None and sums is None:
+                        zeros = tl.load(z + table_row)
                 if SCALE == "group":
-                    scale = tl.load(s + g + n).to(tl.float32)[:, None]
+                    scale = in_rows(*numbers(nth(many, j // PART % LOAD, LOAD, BN // 2), s.dtype.element_ty), BN)
                     part = tl.zeros((BN, BM), tl.float32)
                     if sums is not None:
-                        xs = tl.load(sums + unit // GROUP * M + m, m < M * (unit % GROUP == 0), 0.0)  # a group is corrected once
-                        part -= tl.load(z + g + n)[:, None] * xs[None, :]
+                        total_x = tl.load(sums + g * M + m, m < M * (unit % GROUP == 0), 0.0)  # a group is corrected once
+                        part -= tl.load(z + g * padded + n)[:, None] * total_x[None, :]
                 if SCALE == "weight":
-                    s0, s1 = tl.load(s + g + n0).to(tl.int16, bitcast=True)[:, None], tl.load(s + g + n0 + 8).to(tl.int16, bitcast=True)[:, None]
-                    s0, s1 = copied(s0.to(tl.int32), 0, 16, ASM), copied(s1.to(tl.int32), 0, 16, ASM)
-                if z is not None and sums is None and SCALE != "fine":
-                    both = tl.load(z + g // 2 + block * (BN // 2) + r)[:, None]
+                    both = nth(many, j // PART % LOAD, LOAD, BN // 2)
+                    s0, s1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
+                if (SCALE == "group" or SCALE == "weight") and z is not None and sums is None:
+                    both = nth(zeros, j // PART % LOAD, LOAD, BN // 2)
                     z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
             if SCALE == "fine":
                 both = tl.load(s + fine + unit * 32)
@@ -120,11 +132,11 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
                 p00, p01, p10, p11 = mul(p00, s0, ASM), mul(p01, s0, ASM), mul(p10, s1, ASM), mul(p11, s1, ASM)
             v = (v if j % PART else ()) + (p00, p01, p10, p11)  # noqa: F821
             if j % PART == PART - 1:
-                a, start = joined(v, PART, BN), (unit - PART + 1) * 64
+                a, start = joined(v, PART, BN), (j - PART + 1) * 64
                 if EVEN and FULL:  # without a mask a copy to shared memory costs one instruction
-                    xt = tl.load(xp + start)
+                    xt = tl.load(xs + start)
                 else:
-                    xt = tl.load(xp + start, m[None, :] < M if EVEN else (m[None, :] < M) & (start + k[:, None] < K), 0.0)
+                    xt = tl.load(xs + start, m[None, :] < M if EVEN else (m[None, :] < M) & (step * (STEP * 64) + start + k[:, None] < K), 0.0)
                 if F32:
                     a, xt = a.to(tl.float32), xt.to(tl.float32)
                 if SCALE == "group":

@@ -30,8 +30,9 @@ class Prepared:
     """A weight in fragment order. N and K stand for the padded shape; rows of a gated weight lie 8 of the gate, 8 of the up projection, …"""
 
     words: Tensor  # int32 [N/16, tiles, planes, 8, 16]
-    scales: Tensor | None  # group, weight: [groups, N]; fine: int32 pairs of bf16 [N/16, K/64, 8, 4]; byte: int16 pairs of bytes, the same shape
-    zeros: Tensor | None  # what is subtracted: group: int32 pairs of bf16, rows g and g + 8, [groups, N/2]; fine: as `scales`; corrected: fp32 [groups, N]
+    scales: Tensor | None  # group: rows g and g + 8 of the groups in 256 columns together, [K/256 or groups, N/2, groups, 2]; fine: int32 pairs of bf16
+    # [N/16, K/64, 8, 4]; byte: int16 pairs of bytes, the same shape
+    zeros: Tensor | None  # what is subtracted: bf16 as `scales`, pairs in an int32; corrected: fp32 [groups, N]
     table: Tensor | None  # int32 [N or 1, 8]: the high bytes of 16 bf16 values, then the low ones
     row: Tensor | None  # fp32 [N]: the last factor of a row
     A: Tensor | None  # [rank, in] and ...
@@ -196,11 +197,11 @@ def prepare(format: Format | Gated, dtype: torch.dtype = torch.bfloat16) -> Prep
         t = torch.cat([t, t.new_zeros(1, t.shape[1])])[order]
         return F.pad(t, (0, 0, 0, N - len(t))).contiguous()
 
-    def groups(t: Tensor, pairs: bool = False) -> Tensor:
+    def groups(t: Tensor) -> Tensor:
         """Scales or zero points [out, groups] as the kernel reads them."""
         if scale in ("group", "channel"):
-            t = F.pad(rows(t).T, (0, 0, 0, -(-K // c.group) - t.shape[1])).contiguous()
-            return t.view(len(t), -1, 2, 8).transpose(2, 3).contiguous().view(torch.int32).view(len(t), -1) if pairs else t
+            t, pack = F.pad(rows(t), (0, -(-K // c.group) - t.shape[1])), layout.COLUMNS // c.group if c.group < n and c.group in (64, 128) else 1
+            return t.view(N // 16, 2, 8, -1, pack).permute(3, 0, 2, 4, 1).reshape(t.shape[1] // pack, N // 2, pack, 2)
         t = rows(t).repeat_interleave(c.group // 16, 1)
         return layout.fragment_scales(F.pad(t, (0, K // 16 - t.shape[1])), K).view(torch.int16 if scale == "byte" else torch.int32)[..., 0]
 
@@ -214,7 +215,11 @@ def prepare(format: Format | Gated, dtype: torch.dtype = torch.bfloat16) -> Prep
     if isinstance(format, Sum):
         B, A = (f.weight.to(torch.bfloat16) for f in format.terms[1].factors)
         A, B = F.pad(A, (0, 0, 0, -len(A) % 16)).contiguous(), rows(F.pad(B, (0, -len(A) % 16)))
-    zeros = None if c.zeros is None else groups(c.zeros) if c.corrected else groups(c.zeros.to(torch.bfloat16), pairs=True)
+    if c.corrected:
+        zeros = F.pad(rows(c.zeros).T, (0, 0, 0, -(-K // c.group) - c.zeros.shape[1])).contiguous()
+    else:
+        zeros = None if c.zeros is None else groups(c.zeros.to(torch.bfloat16))
+        zeros = zeros.view(torch.int32)[..., 0] if zeros is not None and scale != "fine" else zeros
     table = c.table if c.table is None or len(c.table) == 1 else rows(c.table)
     return Prepared(layout.pack(rows(c.q), c.kind), None if scales is None else groups(scales), zeros, table, row, A, B, c.kind, scale, c.group, c.offset,
                     c.byte, c.corrected, gated, (out, n))  # fmt: skip

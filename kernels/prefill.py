@@ -16,7 +16,7 @@ from torch import Tensor
 from . import fragment_layout as layout
 from . import gated, unpack
 from .fragment_weight import Prepared
-from .unpack import copied, high, joined, low, pairs, rounded, tables
+from .unpack import copied, high, joined, low, numbers, pairs, rounded, tables, twos
 
 CHUNK = 12 * 2**20  # bf16 weights, 24 MB
 
@@ -43,11 +43,12 @@ def _dequantize(out, w, s, z, t, row, first, last, K, stride, padded, tiles, ent
     table = tables(t, n0, entries, PER_ROW) if t is not None else None
     for u in tl.static_range(UNITS):
         unit = tile * UNITS + u
-        g = unit // GROUP * padded
+        g, PACK = unit // GROUP, 4 // GROUP if GROUP < 3 else 1
+        near = (g // PACK * (padded // 2) + (first + rows) // 2 + r) * PACK + g % PACK
         fine = (block * (tiles * UNITS * 32) + r % 8 * 4)[:, None] + (c % 4)[None, :] + unit * 32
         s0, s1, f0, f1, row0, row1 = 1.0, 1.0, 0.0, 0.0, 1.0, 1.0
         if SCALE == "group":
-            s0, s1 = tl.load(s + g + n0).to(tl.float32)[:, None], tl.load(s + g + n0 + 8).to(tl.float32)[:, None]
+            s0, s1 = numbers(tl.load(twos(s) + near)[:, None], s.dtype.element_ty)
         if SCALE == "fine":
             s0, s1 = low(tl.load(s + fine)), high(tl.load(s + fine))
         if SCALE == "byte":
@@ -56,12 +57,12 @@ def _dequantize(out, w, s, z, t, row, first, last, K, stride, padded, tiles, ent
         if row is not None:
             row0, row1 = tl.load(row + n0)[:, None], tl.load(row + n0 + 8)[:, None]
         if CORRECTED:
-            f0, f1 = tl.load(z + g + n0)[:, None], tl.load(z + g + n0 + 8)[:, None]
+            f0, f1 = tl.load(z + g * padded + n0)[:, None], tl.load(z + g * padded + n0 + 8)[:, None]
         if z is None or CORRECTED:
             z0 = tl.full((1, 1), OFFSET, tl.int32) if OFFSET else None
             z1 = z0
         else:
-            both = tl.load(z + fine) if SCALE == "fine" else tl.load(z + g // 2 + (first + rows) // 2 + r)[:, None]
+            both = tl.load(z + fine) if SCALE == "fine" else tl.load(z + near)[:, None]
             z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
         p00, p01, p10, p11 = pairs(w0, w1, w2, table, z0, z1, u, KIND, ASM)
         v = (_scaled(p00, f0, s0, row0, ASM), _scaled(p01, f0, s0, row0, ASM), _scaled(p10, f1, s1, row1, ASM), _scaled(p11, f1, s1, row1, ASM))

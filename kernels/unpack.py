@@ -74,6 +74,40 @@ def copied(w, I: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def twos(p):
+    """A pointer to numbers, now to pairs of them as one integer."""
+    return p.to(tl.pointer_type(tl.int64 if p.dtype.element_ty == tl.float32 else tl.int32), bitcast=True)
+
+
+@triton.jit
+def numbers(pair, DTYPE: tl.constexpr):
+    """Both numbers of a pair, fp32."""
+    if DTYPE == tl.bfloat16:
+        return low(pair), high(pair)
+    elif DTYPE == tl.float16:
+        return pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32), (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    else:
+        return pair.to(tl.int32).to(DTYPE, bitcast=True), (pair >> 32).to(tl.int32).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def nth(t, I: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
+    """Column I of t [R, N], N = 1, 2 or 4, as [R, 1]."""
+    if N == 1:
+        return t
+    elif N == 2:
+        return t.split()[I].reshape(R, 1)
+    else:
+        return nth(t.reshape(R, 2, 2).split()[I % 2], I // 2, 2, R)
+
+
+@triton.jit
+def in_rows(h0, h1, BN: tl.constexpr):
+    """What belongs to the rows h = 0 and h = 1 of words, [BN/2, 1] each → [BN, 1]."""
+    return tl.join(h0, h1).reshape(BN // 16, 8, 2).permute(0, 2, 1).reshape(BN, 1)
+
+
+@triton.jit
 def joined(p, UNITS: tl.constexpr, BN: tl.constexpr):
     """The pairs (h, k) of words [BN/2, 16], those of each unit in turn → bf16 [BN, 64 · UNITS]. Moves nothing: every thread keeps its registers,
     only their names change."""
