@@ -24,7 +24,7 @@ from . import fragment_layout as layout
 from . import ops, prefill, unpack
 from .fragment_weight import Prepared, prepare, supports
 from .tiles import PARTIAL, handed_in, output, shares, total, workspace
-from .unpack import copied, in_rows, joined, mul, nth, numbers, pairs, tables, twos
+from .unpack import after, copied, in_rows, joined, mul, nth, numbers, pairs, tables, twos
 
 __all__ = ["Config", "Prepared", "matmul", "prepare", "rule", "supports", "variants"]
 ROWS = 256  # of x
@@ -106,6 +106,8 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
                     many = tl.load(twos(s) + table_row)
                     if z is not None and sums is None:
                         zeros = tl.load(z + table_row)
+                    if SCALE == "group":
+                        w0 = after(w0, nth(many, 0, LOAD, BN // 2), ASM)
                 if SCALE == "group":
                     scale = in_rows(*numbers(nth(many, j // PART % LOAD, LOAD, BN // 2), s.dtype.element_ty), BN)
                     part = tl.zeros((BN, BM), tl.float32)

@@ -102,6 +102,15 @@ def nth(t, I: tl.constexpr, N: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
+def after(w, s, ASM: tl.constexpr):
+    """w, in name computed from s. Triton loads ahead only what leads to a dot, and a scale comes behind it."""
+    if ASM:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [w, s.to(tl.int32)], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return w
+
+
+@triton.jit
 def in_rows(h0, h1, BN: tl.constexpr):
     """What belongs to the rows h = 0 and h = 1 of words, [BN/2, 1] each → [BN, 1]."""
     return tl.join(h0, h1).reshape(BN // 16, 8, 2).permute(0, 2, 1).reshape(BN, 1)
@@ -141,7 +150,8 @@ def field(w, z, I: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     P: tl.constexpr = I % PER * BITS
     BASE: tl.constexpr = 0x43004300 - P * 0x00800080
     q = and_or(w >> I // PER * PER * BITS, ((1 << BITS) - 1) * 0x00010001 << P, BASE, ASM)
-    return sub(q, (z - 0x43004300) * (1 << P) + BASE, ASM)
+    SHIFTED: tl.constexpr = (BASE - (0x43004300 << P) + 2**31) % 2**32 - 2**31
+    return sub(q, z * (1 << P) + SHIFTED, ASM)
 
 
 @triton.jit
