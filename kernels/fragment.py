@@ -89,7 +89,8 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
         z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
     PACK: tl.constexpr = 4 // GROUP if GROUP < 3 else 1  # scales that lie together, those of 256 columns
     LOAD: tl.constexpr = PACK * STEP // 4 if PACK > 1 else 1  # ... of which an iteration takes
-    near = ((block * (BN // 2) + r) * PACK)[:, None] + tl.arange(0, LOAD)[None, :]
+    WIDE: tl.constexpr = max(LOAD, 256 // BN)  # what is smaller than a program has threads, Triton loads once for every use, and not ahead
+    near = ((block * (BN // 2) + r) * PACK)[:, None] + (tl.arange(0, WIDE) % LOAD)[None, :]
     for step in range(split, steps, SPLIT):
         ws, xs = wp + step * (STEP // UNITS * PLANES * 128), xp + step * (STEP * 64)
         for j in tl.static_range(STEP):
@@ -107,18 +108,18 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
                     if z is not None and sums is None:
                         zeros = tl.load(z + table_row)
                     if SCALE == "group":
-                        w0 = after(w0, nth(many, 0, LOAD, BN // 2), ASM)
+                        w0 = after(w0, nth(many, 0, WIDE, BN // 2), ASM)
                 if SCALE == "group":
-                    scale = in_rows(*numbers(nth(many, j // PART % LOAD, LOAD, BN // 2), s.dtype.element_ty), BN)
+                    scale = in_rows(*numbers(nth(many, j // PART % LOAD, WIDE, BN // 2), s.dtype.element_ty), BN)
                     part = tl.zeros((BN, BM), tl.float32)
                     if sums is not None:
                         total_x = tl.load(sums + g * M + m, m < M * (unit % GROUP == 0), 0.0)  # a group is corrected once
                         part -= tl.load(z + g * padded + n)[:, None] * total_x[None, :]
                 if SCALE == "weight":
-                    both = nth(many, j // PART % LOAD, LOAD, BN // 2)
+                    both = nth(many, j // PART % LOAD, WIDE, BN // 2)
                     s0, s1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
                 if (SCALE == "group" or SCALE == "weight") and z is not None and sums is None:
-                    both = nth(zeros, j // PART % LOAD, LOAD, BN // 2)
+                    both = nth(zeros, j // PART % LOAD, WIDE, BN // 2)
                     z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
             if SCALE == "fine":
                 both = tl.load(s + fine + unit * 32)
@@ -171,17 +172,18 @@ def rule(p: Prepared, m: int) -> Config:
     N, K = layout.padded((16 * len(p.words), p.shape[1]))
     kind, bm = layout.KINDS[p.kind], min(bucket(m), widest(p))
     bn = 128 if N % 128 == 0 and (bm > 64 or (bm <= 32 and kind.bits <= 4 and N * K >= 2**25)) else 64
-    step = 4 if bm <= 32 and kind.bits <= 4 and p.scale != "fine" else max(kind.units, 2)
+    eight = bm > 64 and bn == 128  # warps; one program a multiprocessor, whose registers it takes: room for long steps
+    step = 4 if (bm <= 32 or eight and bm == 128) and kind.bits <= 4 and p.scale != "fine" else max(kind.units, 2)
     tiles = N // bn * math.ceil(m / bm)
     split = max(1, min(PROGRAMS // tiles, K // 1024, PARTIAL // (tiles * bn * bm)))
-    return Config(bn, bm, split, step, 4 if bm <= 32 else 3, 8 if bm > 64 and bn == 128 else 4)
+    return Config(bn, bm, split, step, 4 if bm <= 32 else 2 if eight and step == 4 else 3, 8 if eight else 4)
 
 
 def variants(format: Format, x: Tensor) -> dict:
     """Tilings for `compress tune` to race: {name: matmul}."""
     (N, K), bm = layout.padded(format.shape), bucket(len(x))
     configs = (Config(bn, bm, split, step, stages, warps) for bn, warps in ((64, 4), (128, 4), (128, 8)) for split in (1, 2, 3, 4, 6, 8, 12, 16)
-               for step in (2, 4) for stages in (3, 4, 5))  # fmt: skip
+               for step in (2, 4) for stages in ((2, 3) if bm > 64 else (3, 4, 5)))  # fmt: skip
     return {f"{c.bn}x{bm}/{c.split} step {c.step} stages {c.stages} warps {c.warps}": functools.partial(matmul, config=c) for c in configs
             if N % c.bn == 0 and c.split <= max(1, K // 512) and c.bn * bm <= 2**12 * c.warps and N * c.split * bm <= PARTIAL
             and c.stages * c.step * layout.UNIT * (2 * bm + c.bn) <= 200_000}  # fmt: skip

@@ -254,7 +254,7 @@ def test_the_op_keeps_what_torch_library_asks():
 
 # ---------------------------------------------------------------- SASS for sm_90
 
-POINTERS = {BF16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16"}
+POINTERS = {BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16"}
 # name: weight, rows of x, tiling, instructions a weight: at most what a prototype of the layout needed, with 0.65 for a zero point and 0.5 for scales in bf16;
 # 0.15 more at 128 rows, 0.1 for groups of 64
 COMPILED = {
