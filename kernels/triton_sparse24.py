@@ -20,98 +20,104 @@ from torch import Tensor
 from ..formats import Dense, Format, IntGroup, Sparse24
 from ..formats.packing import unpack_rows
 from . import ops, tiles
-from .unpack import and_or, sub
+from .unpack import after, copied, in_rows, nth, numbers, twos
 
 COLUMNS = 256  # of a K tile: 16 bytes a thread of patterns
 PATTERNS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
-def _selectors() -> list[int]:
-    """For each of the four places: a byte for each of eight patterns, two registers. 0x10 takes the first value, 0x32 the second, 0x44 zeros."""
-    octets = [[0x10 if place == p else 0x32 if place == q else 0x44 for p, q in PATTERNS] + [0x44, 0x44] for place in range(4)]
-    return [sum(octet << 8 * i for i, octet in enumerate(row[j : j + 4])) for row in octets for j in (0, 4)]
+def _tables(code, places) -> tuple[int, ...]:
+    """A byte for each pattern (two registers), for the places of the even threads and of the odd ones: what `code` says is there, 0 or 1 of the kept, or 2, none."""
+    def kept(pattern, place):
+        return code[pattern.index(place) if place in pattern else 2]
+
+    octets = [[sum(kept(pattern, 2 * odd + e) << 4 * i for i, e in enumerate(places)) for pattern in PATTERNS] for odd in (0, 1)]
+    registers = [sum(octet << 8 * i for i, octet in enumerate(row[j : j + 4])) for j in (0, 4) for row in octets]
+    return tuple(r - 2**32 if r >= 2**31 else r for r in registers)
 
 
-S = _selectors()
-_SPREAD = f"""{{ .reg .b32 a, b, c, d, s, z; mov.b32 z, 0;
-    prmt.b32 a, {S[0]}, {S[1]}, $8; prmt.b32 b, {S[2]}, {S[3]}, $8; prmt.b32 c, {S[4]}, {S[5]}, $8; prmt.b32 d, {S[6]}, {S[7]}, $8;
-    prmt.b32 s, a, b, 0x5140; prmt.b32 $0, $9, z, s; shr.u32 s, s, 16; prmt.b32 $2, $10, z, s;
-    prmt.b32 s, a, b, 0x7362; prmt.b32 $4, $11, z, s; shr.u32 s, s, 16; prmt.b32 $6, $12, z, s;
-    prmt.b32 s, c, d, 0x5140; prmt.b32 $1, $9, z, s; shr.u32 s, s, 16; prmt.b32 $3, $10, z, s;
-    prmt.b32 s, c, d, 0x7362; prmt.b32 $5, $11, z, s; shr.u32 s, s, 16; prmt.b32 $7, $12, z, s; }}"""
-SPREAD = tl.constexpr(_SPREAD)
-
-
-@triton.jit
-def _spread(patterns, v0, v1, v2, v3, DTYPE: tl.constexpr):
-    """Four groups of four: patterns in the low nibbles, kept pairs of (block i, h 0), (i, h 1), (i + 1, h 0), (i + 1, h 1) → [..., e, kk, h, i]."""
-    a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(SPREAD, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r", [patterns, v0, v1, v2, v3],
-                                                       dtype=(tl.int32,) * 8, is_pure=True, pack=1)  # fmt: skip
-    return tl.join(tiles.quad(a, b, c, d, DTYPE), tiles.quad(e, f, g, h, DTYPE))
-
-
-@triton.jit
-def _integers(word, zero):
-    """Nibbles at bits 0 and 16 to bf16 pairs q − z: 128 + q by its bits, minus 128 + z."""
-    return sub(and_or(word, 0x000F000F, 0x43004300, True), zero, True)
+FIRST, SECOND = (tl.constexpr(_tables((0x10, 0x32, 0x44), (e,))) for e in (0, 1))  # bytes to take: of the first value, of the second, zeros
+NIBBLES = tl.constexpr(_tables((0, 1, 4), (0, 1)))  # ... the first code, the second, the zero point
+SPREAD = tl.constexpr("""{ .reg .b32 a, b, s, z; mov.b32 z, 0;
+    prmt.b32 a, $9, $10, $4; prmt.b32 b, $11, $12, $4;
+    prmt.b32 s, a, b, 0x5140; prmt.b32 $0, $5, z, s; shr.u32 s, s, 16; prmt.b32 $1, $6, z, s;
+    prmt.b32 s, a, b, 0x7362; prmt.b32 $2, $7, z, s; shr.u32 s, s, 16; prmt.b32 $3, $8, z, s; }""")
+SPREAD4 = tl.constexpr("""{ .reg .b32 a, b, s, p;
+    and.b32 a, $5, 0x0F0F0F0F; shr.u32 b, $5, 4; and.b32 b, b, 0x0F0F0F0F; prmt.b32 s, $8, $9, $4; add.u32 s, s, 0x22002200;
+    prmt.b32 a, a, $6, s; prmt.b32 p, a, $6, 0x5150; sub.bf16x2 $0, p, $6; prmt.b32 p, a, $6, 0x5352; sub.bf16x2 $1, p, $6; shr.u32 s, s, 16;
+    prmt.b32 b, b, $7, s; prmt.b32 p, b, $7, 0x5150; sub.bf16x2 $2, p, $7; prmt.b32 p, b, $7, 0x5352; sub.bf16x2 $3, p, $7; }""")
 
 
 @triton.jit
-def _half(patterns, low, high, z0, z1, w, p: tl.constexpr, INT4: tl.constexpr, DTYPE: tl.constexpr):
-    """Blocks 2p, 2p + 1 of every 64 columns: from planes of values at w, or from the nibbles of two words."""
+def _registers(TABLES: tl.constexpr):
+    """Of the places of each thread t, [1, t, 1]."""
+    odd = (tl.arange(0, 4) % 2)[None, :, None] == 1
+    return tl.where(odd, TABLES[1], TABLES[0]), tl.where(odd, TABLES[3], TABLES[2])
+
+
+@triton.jit
+def _load(p, R: tl.constexpr):
+    """A plane [R, 2, 8] for threads t = 0 … 3, of which two share a group: [R, 4, 8]."""
+    return tl.load(p, eviction_policy="evict_first")[:, :, None, :].broadcast_to(R, 2, 2, 8).reshape(R, 4, 8)
+
+
+@triton.jit
+def _quad(patterns, w, t, z0, z1, HALF: tl.constexpr, INT4: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr):
+    """The four registers of the blocks 2j + HALF of 16 columns, from planes of values at w or from one of nibbles → [..., e, kk, h]."""
+    R: tl.constexpr = BN // 2
     if INT4:
-        word = high if p else low
-        v0, v1, v2, v3 = _integers(word, z0), _integers(word >> 4, z1), _integers(word >> 8, z0), _integers(word >> 12, z1)
+        a, b, c, d = tl.inline_asm_elementwise(SPREAD4, "=r,=r,=r,=r,r,r,r,r,r,r", [patterns, _load(w + HALF * 128, R), z0, z1, t[0], t[1]],
+                                               dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
     else:
-        v0, v1 = tl.load(w + (4 * p) * 128, eviction_policy="evict_first"), tl.load(w + (4 * p + 1) * 128, eviction_policy="evict_first")
-        v2, v3 = tl.load(w + (4 * p + 2) * 128, eviction_policy="evict_first"), tl.load(w + (4 * p + 3) * 128, eviction_policy="evict_first")
-    return _spread(patterns, v0, v1, v2, v3, DTYPE)
+        p = w + HALF * 512
+        a, b, c, d = tl.inline_asm_elementwise(SPREAD, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+                                               [patterns, _load(p, R), _load(p + 128, R), _load(p + 256, R), _load(p + 384, R), t[0], t[1], t[2], t[3]],
+                                               dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
+    return tiles.quad(a, b, c, d, DTYPE)
 
 
 @triton.jit
 def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, rows, INT4: tl.constexpr, SCALED: tl.constexpr, PER_TILE: tl.constexpr,
             EVEN: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """w int32 [rows/16, tiles, 3 or 9 planes, 8, 16]: values, then patterns; scales, zeros [scale rows, rows], a K tile has its own where PER_TILE,
-    zeros as bf16 pairs 128 + z. x's columns are in the thread's order: 2t, 2t + 1, 2t + 8, 2t + 9."""
+    """w int32 [rows/16, tiles, 3 or 9 planes, 8 g, 2 groups, 8]: values, then patterns; scales, zeros [scale rows, rows/2], pairs of the rows g and g + 8, a
+    K tile has its own where PER_TILE, zeros as bf16 128 + z."""
     PLANES: tl.constexpr = 3 if INT4 else 9
-    r, c = tl.arange(0, BN // 2), tl.arange(0, 16)
+    r, column = tl.arange(0, BN // 2), tl.arange(0, 256)
     m, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     block = tl.program_id(0) * (BN // 16) + r // 8
     steps = tl.cdiv(K, 256)
-    w += (block.to(tl.int64) * (steps * PLANES * 128) + r % 8 * 16)[:, None] + c[None, :]
-    # column 16i + 8kk + 2t + e of the fragment is input 16i + 4t + 2kk + e: a group of four is one thread's
-    f = tl.arange(0, 256)
-    column = tl.max_contiguous(tl.multiple_of(f // 16 * 16 + f % 8 // 2 * 4 + f % 16 // 8 * 2 + f % 2, 2), 2)
+    w += (block.to(tl.int64) * (steps * PLANES * 128) + r % 8 * 16)[:, None, None] + tl.arange(0, 2)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     xp = x + m[None, :].to(tl.int64) * stride_x + column[:, None]
+    near = (tl.program_id(0) * (BN // 2) + r)[:, None] + tl.zeros((1, 256 // BN), tl.int32)  # fewer than threads are loaded once for every use, and not ahead
+    table = _registers(NIBBLES) if INT4 else _registers(FIRST) + _registers(SECOND)
     acc = tl.zeros((BN, BM), tl.float32)
     for tile in range(tl.program_id(2), steps, SPLIT):
         p = w + tile * (PLANES * 128)
-        patterns = tl.load(p + (PLANES - 1) * 128, eviction_policy="evict_first")
-        low, high, z0, z1 = patterns, patterns, patterns, patterns
-        if INT4:
-            low, high = tl.load(p, eviction_policy="evict_first"), tl.load(p + 128, eviction_policy="evict_first")
-            z = zeros + (tile * rows if PER_TILE else 0) + block * 16 + r % 8
-            z0, z1 = tl.load(z)[:, None], tl.load(z + 8)[:, None]
-        v = tl.join(_half(patterns, low, high, z0, z1, p, 0, INT4, x.dtype.element_ty),
-                    _half(patterns >> 16, low, high, z0, z1, p, 1, INT4, x.dtype.element_ty))  # fmt: skip
-        # [rt·g, t·word, e, kk, h, i, half] → [rt, h, g] × [word, half, i, kk, t, e]
-        v = v.reshape(BN // 16, 8, 4, 4, 2, 2, 2, 2, 2).permute(0, 6, 1, 3, 8, 7, 5, 2, 4).reshape(BN, 256)
-        xt = tiles.columns(xp + tile * 256, m, tile * 256 + column, M, K, EVEN)
+        patterns = _load(p + (PLANES - 1) * 128, BN // 2)
+        z0, z1, scale = patterns, patterns, 1.0
         if PER_TILE:
-            part = tiles.dot(v, xt, tl.zeros((BN, BM), tl.float32), EXACT)
-            acc += part * tl.load(scales + tile * rows + n).to(tl.float32)[:, None]
-        else:
-            acc = tiles.dot(v, xt, acc, EXACT)
+            pair = nth(tl.load(twos(scales) + tile * (rows // 2) + near), 0, 256 // BN, BN // 2)
+            scale = in_rows(*numbers(pair, scales.dtype.element_ty), BN)
+            patterns = after(patterns, pair[:, :, None], True)
+        if INT4:
+            z = tl.load(zeros + (tile * (rows // 2) if PER_TILE else 0) + tl.program_id(0) * (BN // 2) + r)[:, None, None]
+            z0, z1 = copied(z, 0, 16, True), copied(z, 1, 16, True)
+        v = tl.join(_quad(patterns, p, table, z0, z1, 0, INT4, BN, x.dtype.element_ty), _quad(patterns >> 16, p, table, z0, z1, 1, INT4, BN, x.dtype.element_ty))
+        # [block·g, t, j, e, kk, h, half] → [block, h, g] × [j, half, kk, t, e]
+        v = v.reshape(BN // 16, 8, 4, 8, 2, 2, 2, 2).permute(0, 6, 1, 3, 7, 5, 2, 4).reshape(BN, 256)
+        xt = tiles.columns(xp + tile * 256, m, tile * 256 + column, M, K, EVEN)
+        part = tiles.dot(v, xt, tl.zeros((BN, BM), tl.float32), EXACT)
+        acc += part * scale if PER_TILE else part
     if SCALED and not PER_TILE:
-        acc *= tl.load(scales + n).to(tl.float32)[:, None]
+        acc *= in_rows(*numbers(tl.load(twos(scales) + tl.program_id(0) * (BN // 2) + r)[:, None], scales.dtype.element_ty), BN)
     tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    words: Tensor  # int32 [rows/16, K tiles, planes, 8, 16]
-    scales: Tensor | None  # [1 or K tiles, rows]
-    zeros: Tensor | None  # int32 [1 or K tiles, rows], 128 + z as a pair of bf16
+    words: Tensor  # int32 [rows/16, K tiles, planes, 128]
+    scales: Tensor | None  # [1 or K tiles, rows/2, 2]: rows g and g + 8
+    zeros: Tensor | None  # int32 [1 or K tiles, rows/2], 128 + z as pairs of bf16
     shape: tuple[int, int]
 
 
@@ -146,27 +152,28 @@ def prepare(format: Sparse24, dtype: torch.dtype) -> Prepared:
     pattern = number[places[..., 0], places[..., 1]]  # [N, K/4]
 
     def order(t: Tensor) -> Tensor:
-        """[N, K/4] → [rt, K tile, g, t, word, half, i, h], with zeros up to whole tiles."""
+        """[N, K/4] → [rt, K tile, g, two groups, j, half, h, kk], with zeros up to whole tiles."""
         t = F.pad(t, (0, -K % COLUMNS // 4, 0, -N % tiles.BN))
-        return t.view(-(-N // tiles.BN) * tiles.BN // 16, 2, 8, -(-K // COLUMNS), 4, 2, 2, 4).permute(0, 3, 2, 7, 4, 5, 6, 1)
+        return t.view(-(-N // tiles.BN) * tiles.BN // 16, 2, 8, -(-K // COLUMNS), 8, 2, 2, 2).permute(0, 3, 2, 7, 4, 5, 1, 6)
 
-    eight = torch.arange(8).view(2, 2, 2)
-    planes = []
     scales = zeros = None
     if isinstance(values, IntGroup):
         q = values.unpack().view(N, -1, 2).long()
-        pair = order(q[..., 0] | q[..., 1] << 16)  # at bits 0 and 16
-        planes = [tiles.words(pair[..., half, :, :], 4 * eight[0]) for half in (0, 1)]
+        codes = order(q[..., 0] | q[..., 1] << 8)
+        planes = [tiles.words(codes[..., half, :, :], torch.tensor([[0, 16], [4, 20]])) for half in (0, 1)]
         repeat = values.group_size // (COLUMNS // 2) if values.groups > 1 else 1
-        spread = lambda t: F.pad(t.T.repeat_interleave(repeat, 0), (0, -N % tiles.BN)).contiguous()
-        scales = spread(values.scales.float())
-        offset = (128 + spread(values.zero_points())).to(torch.bfloat16).view(torch.int16).int() & 0xFFFF
-        zeros = offset | offset << 16
+
+        def pairs(t: Tensor) -> Tensor:
+            """[N, groups] → [1 or K tiles, rows/2, 2]."""
+            t = F.pad(t.T.repeat_interleave(repeat, 0), (0, -N % tiles.BN))
+            return t.view(len(t), -1, 2, 8).transpose(2, 3).reshape(len(t), -1, 2)
+
+        scales, zeros = pairs(values.scales), pairs(128 + values.zero_points()).to(torch.bfloat16).view(torch.int32)[..., 0]
     else:
         kept = values.dequantize(dtype).contiguous().view(torch.int32)  # [N, K/4]: a pair is a word
         planes = list(order(kept).flatten(5).unbind(-1))
-    planes.append(tiles.words(order(pattern), 4 * eight))
-    words = torch.stack([p.flatten(3) for p in planes], 2).contiguous()
+    planes.append(tiles.words(order(pattern), 4 * torch.arange(8).view(2, 2, 2)))
+    words = torch.stack([p.flatten(2) for p in planes], 2).contiguous()
     return Prepared(words, scales, zeros, (N, K))
 
 

@@ -117,22 +117,22 @@ def in_rows(h0, h1, BN: tl.constexpr):
 
 
 @triton.jit
-def joined(p, UNITS: tl.constexpr, BN: tl.constexpr):
+def joined(p, UNITS: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr = tl.bfloat16):
     """The pairs (h, k) of words [BN/2, 16], those of each unit in turn → bf16 [BN, 64 · UNITS]. Moves nothing: every thread keeps its registers,
     only their names change."""
     if UNITS == 1:
-        return unit(p, 0).reshape(BN // 16, 8, 4, 4, 2, 2, 2).permute(0, 6, 1, 3, 5, 2, 4).reshape(BN, 64)
+        return unit(p, 0, DTYPE).reshape(BN // 16, 8, 4, 4, 2, 2, 2).permute(0, 6, 1, 3, 5, 2, 4).reshape(BN, 64)
     elif UNITS == 2:
-        two = tl.join(unit(p, 0), unit(p, 4))
+        two = tl.join(unit(p, 0, DTYPE), unit(p, 4, DTYPE))
         return two.reshape(BN // 16, 8, 4, 4, 2, 2, 2, 2).permute(0, 6, 1, 7, 3, 5, 2, 4).reshape(BN, 128)
     else:
-        four = tl.join(tl.join(unit(p, 0), unit(p, 8)), tl.join(unit(p, 4), unit(p, 12)))
+        four = tl.join(tl.join(unit(p, 0, DTYPE), unit(p, 8, DTYPE)), tl.join(unit(p, 4, DTYPE), unit(p, 12, DTYPE)))
         return four.reshape(BN // 16, 8, 4, 4, 2, 2, 2, 2, 2).permute(0, 6, 1, 7, 8, 3, 5, 2, 4).reshape(BN, 256)
 
 
 @triton.jit
-def unit(p, I: tl.constexpr):
-    return quad(p[I], p[I + 1], p[I + 2], p[I + 3], tl.bfloat16)  # [BN/2, 16, e, k, h]
+def unit(p, I: tl.constexpr, DTYPE: tl.constexpr):
+    return quad(p[I], p[I + 1], p[I + 2], p[I + 3], DTYPE)  # [BN/2, 16, e, k, h]
 
 
 @triton.jit
