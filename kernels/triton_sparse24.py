@@ -62,7 +62,7 @@ def _load(p, R: tl.constexpr):
 
 
 @triton.jit
-def _quad(patterns, w, t, z0, z1, HALF: tl.constexpr, INT4: tl.constexpr, BN: tl.constexpr, DTYPE: tl.constexpr):
+def _quad(patterns, w, t, z0, z1, HALF: tl.constexpr, INT4: tl.constexpr, BN: tl.constexpr):
     """The four registers of the blocks 2j + HALF of 16 columns, from planes of values at w or from one of nibbles → [..., e, kk, h]."""
     R: tl.constexpr = BN // 2
     if INT4:
@@ -73,7 +73,14 @@ def _quad(patterns, w, t, z0, z1, HALF: tl.constexpr, INT4: tl.constexpr, BN: tl
         a, b, c, d = tl.inline_asm_elementwise(SPREAD, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
                                                [patterns, _load(p, R), _load(p + 128, R), _load(p + 256, R), _load(p + 384, R), t[0], t[1], t[2], t[3]],
                                                dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
-    return tiles.quad(a, b, c, d, DTYPE)
+    return a, b, c, d
+
+
+@triton.jit
+def _joined(p, BN: tl.constexpr, DTYPE: tl.constexpr):
+    """Registers (h, kk) of [block·g, t, j] → [block, h, g] × [j, kk, t, e]."""
+    v = tiles.quad(p[0], p[1], p[2], p[3], DTYPE)
+    return v.reshape(BN // 16, 8, 4, 8, 2, 2, 2).permute(0, 6, 1, 3, 5, 2, 4).reshape(BN, 128)
 
 
 @triton.jit
@@ -82,7 +89,7 @@ def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, r
     """w int32 [rows/16, tiles, 3 or 9 planes, 8 g, 2 groups, 8]: values, then patterns; scales, zeros [scale rows, rows/2], pairs of the rows g and g + 8, a
     K tile has its own where PER_TILE, zeros as bf16 128 + z."""
     PLANES: tl.constexpr = 3 if INT4 else 9
-    r, column = tl.arange(0, BN // 2), tl.arange(0, 256)
+    r, column = tl.arange(0, BN // 2), tl.arange(0, 128)
     m, n = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     block = tl.program_id(0) * (BN // 16) + r // 8
     steps = tl.cdiv(K, 256)
@@ -92,7 +99,7 @@ def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, r
     table = _registers(NIBBLES) if INT4 else _registers(FIRST) + _registers(SECOND)
     acc = tl.zeros((BN, BM), tl.float32)
     for tile in range(tl.program_id(2), steps, SPLIT):
-        p = w + tile * (PLANES * 128)
+        p, xt = w + tile * (PLANES * 128), xp + tile * 256
         patterns = _load(p + (PLANES - 1) * 128, BN // 2)
         z0, z1, scale = patterns, patterns, 1.0
         if PER_TILE:
@@ -102,12 +109,12 @@ def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, r
         if INT4:
             z = tl.load(zeros + (tile * (rows // 2) if PER_TILE else 0) + tl.program_id(0) * (BN // 2) + r)[:, None, None]
             z0, z1 = copied(z, 0, 16, True), copied(z, 1, 16, True)
-        v = tl.join(_quad(patterns, p, table, z0, z1, 0, INT4, BN, x.dtype.element_ty), _quad(patterns >> 16, p, table, z0, z1, 1, INT4, BN, x.dtype.element_ty))
-        # [block·g, t, j, e, kk, h, half] → [block, h, g] × [j, half, kk, t, e]
-        v = v.reshape(BN // 16, 8, 4, 8, 2, 2, 2, 2).permute(0, 6, 1, 3, 7, 5, 2, 4).reshape(BN, 256)
-        xt = tiles.columns(xp + tile * 256, m, tile * 256 + column, M, K, EVEN)
-        part = tiles.dot(v, xt, tl.zeros((BN, BM), tl.float32), EXACT)
-        acc += part * scale if PER_TILE else part
+        part = tl.zeros((BN, BM), tl.float32) if PER_TILE else acc
+        for half in tl.static_range(2):
+            v = _joined(_quad(patterns >> 16 * half, p, table, z0, z1, half, INT4, BN), BN, x.dtype.element_ty)
+            start = tile * 256 + 128 * half
+            part = tiles.dot(v, tiles.columns(xt + 128 * half, m, start + column, M, K, EVEN), part, EXACT)
+        acc = acc + part * scale if PER_TILE else part
     if SCALED and not PER_TILE:
         acc *= in_rows(*numbers(tl.load(twos(scales) + tl.program_id(0) * (BN // 2) + r)[:, None], scales.dtype.element_ty), BN)
     tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
@@ -154,7 +161,7 @@ def prepare(format: Sparse24, dtype: torch.dtype) -> Prepared:
     def order(t: Tensor) -> Tensor:
         """[N, K/4] → [rt, K tile, g, two groups, j, half, h, kk], with zeros up to whole tiles."""
         t = F.pad(t, (0, -K % COLUMNS // 4, 0, -N % tiles.BN))
-        return t.view(-(-N // tiles.BN) * tiles.BN // 16, 2, 8, -(-K // COLUMNS), 8, 2, 2, 2).permute(0, 3, 2, 7, 4, 5, 1, 6)
+        return t.view(-(-N // tiles.BN) * tiles.BN // 16, 2, 8, -(-K // COLUMNS), 2, 8, 2, 2).permute(0, 3, 2, 7, 5, 4, 1, 6)
 
     scales = zeros = None
     if isinstance(values, IntGroup):
