@@ -23,6 +23,7 @@ from . import ops, tiles
 from .unpack import after, copied, in_rows, nth, numbers, twos
 
 COLUMNS = 256  # of a K tile: 16 bytes a thread of patterns
+LARGE = 2**25  # weights
 PATTERNS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
@@ -184,8 +185,9 @@ def prepare(format: Sparse24, dtype: torch.dtype) -> Prepared:
     return Prepared(words, scales, zeros, (N, K))
 
 
-def launch(m: int) -> dict:
-    return {"BM": min(32, tiles.rows_of_tile(m)), "BN": tiles.BN}  # 64 columns of the result and 256 of the weight spill registers
+def launch(m: int, rows: int, K: int) -> dict:
+    """128 rows of a large weight: fewer instructions for each."""
+    return {"BM": min(32, tiles.rows_of_tile(m)), "BN": 128 if rows % 128 == 0 and rows * K >= LARGE else tiles.BN}
 
 
 def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
@@ -195,7 +197,7 @@ def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
 
 def _launch(x: Tensor, words: Tensor, scales: Tensor | None, zeros: Tensor | None, bias: Tensor | None, N: int, K: int) -> Tensor:
     x, M = x if x.stride(1) == 1 else x.contiguous(), x.shape[0]
-    const = launch(M)
+    const = launch(M, 16 * len(words), K)
     grid = triton.cdiv(N, const["BN"]), triton.cdiv(M, const["BM"])
     shares = tiles.split(grid[0] * grid[1], triton.cdiv(K, COLUMNS), const["BN"] * const["BM"], x.device) if grid[1] <= 2 else 1
     y, (partial, arrived) = tiles.output(x, N), tiles.workspace(x)
