@@ -89,7 +89,7 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
         z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
     PACK: tl.constexpr = 4 // GROUP if GROUP < 3 else 1  # scales that lie together, those of 256 columns
     LOAD: tl.constexpr = PACK * STEP // 4 if PACK > 1 else 1  # ... of which an iteration takes
-    WIDE: tl.constexpr = max(LOAD, 256 // BN)  # what is smaller than a program has threads, Triton loads once for every use, and not ahead
+    WIDE: tl.constexpr = max(LOAD, 256 // BN) if SCALE == "group" else LOAD  # what is smaller than a program has threads, Triton loads once for every use, and not ahead
     near = ((block * (BN // 2) + r) * PACK)[:, None] + (tl.arange(0, WIDE) % LOAD)[None, :]
     for step in range(split, steps, SPLIT):
         ws, xs = wp + step * (STEP // UNITS * PLANES * 128), xp + step * (STEP * 64)
