@@ -85,7 +85,7 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
         z0 = tl.full((1, 1), OFFSET, tl.int32) if OFFSET else None
         z1 = z0
     elif SCALE == "channel":
-        both = tl.load(z + block * (BN // 2) + r)[:, None]
+        both = tl.load(twos(z) + block * (BN // 2) + r)[:, None]
         z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
     PACK: tl.constexpr = 4 // GROUP if GROUP < 3 else 1  # scales that lie together, those of 256 columns
     LOAD: tl.constexpr = PACK * STEP // 4 if PACK > 1 else 1  # ... of which an iteration takes
@@ -105,16 +105,18 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
                 if j % (PART * LOAD) == 0 and (SCALE == "group" or SCALE == "weight"):
                     table_row = near + (g // PACK * (padded // 2 * PACK) + g % PACK)
                     many = tl.load(twos(s) + table_row)
-                    if z is not None and sums is None:
-                        zeros = tl.load(z + table_row)
+                    if z is not None:
+                        zeros = tl.load(twos(z) + table_row)
                     if SCALE == "group":
                         w0 = after(w0, nth(many, 0, WIDE, BN // 2), ASM)
+                    if sums is not None:
+                        w0 = after(w0, nth(zeros, 0, WIDE, BN // 2), ASM)
                 if SCALE == "group":
                     scale = in_rows(*numbers(nth(many, j // PART % LOAD, WIDE, BN // 2), s.dtype.element_ty), BN)
                     part = tl.zeros((BN, BM), tl.float32)
                     if sums is not None:
                         total_x = tl.load(sums + g * M + m, m < M * (unit % GROUP == 0), 0.0)  # a group is corrected once
-                        part -= tl.load(z + g * padded + n)[:, None] * total_x[None, :]
+                        part -= in_rows(*numbers(nth(zeros, j // PART % LOAD, WIDE, BN // 2), z.dtype.element_ty), BN) * total_x[None, :]
                 if SCALE == "weight":
                     both = nth(many, j // PART % LOAD, WIDE, BN // 2)
                     s0, s1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
@@ -176,7 +178,8 @@ def rule(p: Prepared, m: int) -> Config:
     step = 4 if (bm <= 32 or eight and bm == 128) and kind.bits <= 4 and p.scale != "fine" else max(kind.units, 2)
     tiles = N // bn * math.ceil(m / bm)
     split = max(1, min(PROGRAMS // tiles, K // 1024, PARTIAL // (tiles * bn * bm)))
-    return Config(bn, bm, split, step, 4 if bm <= 32 else 2 if eight and step == 4 else 3, 8 if eight else 4)
+    stages = 4 if bm <= 32 else 3 if bm * step < 512 or eight and bm == 256 else 2
+    return Config(bn, bm, split, step, stages, 8 if eight else 4)
 
 
 def variants(format: Format, x: Tensor) -> dict:

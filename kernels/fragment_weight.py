@@ -32,7 +32,7 @@ class Prepared:
     words: Tensor  # int32 [N/16, tiles, planes, 8, 16]
     scales: Tensor | None  # group: rows g and g + 8 of the groups in 256 columns together, [K/256 or groups, N/2, groups, 2]; fine: int32 pairs of bf16
     # [N/16, K/64, 8, 4]; byte: int16 pairs of bytes, the same shape
-    zeros: Tensor | None  # what is subtracted: bf16 as `scales`, pairs in an int32; corrected: fp32 [groups, N]
+    zeros: Tensor | None  # what is subtracted, as `scales`: bf16; corrected: fp32
     table: Tensor | None  # int32 [N or 1, 8]: the high bytes of 16 bf16 values, then the low ones
     row: Tensor | None  # fp32 [N]: the last factor of a row
     A: Tensor | None  # [rank, in] and ...
@@ -215,11 +215,7 @@ def prepare(format: Format | Gated, dtype: torch.dtype = torch.bfloat16) -> Prep
     if isinstance(format, Sum):
         B, A = (f.weight.to(torch.bfloat16) for f in format.terms[1].factors)
         A, B = F.pad(A, (0, 0, 0, -len(A) % 16)).contiguous(), rows(F.pad(B, (0, -len(A) % 16)))
-    if c.corrected:
-        zeros = F.pad(rows(c.zeros).T, (0, 0, 0, -(-K // c.group) - c.zeros.shape[1])).contiguous()
-    else:
-        zeros = None if c.zeros is None else groups(c.zeros.to(torch.bfloat16))
-        zeros = zeros.view(torch.int32)[..., 0] if zeros is not None and scale != "fine" else zeros
+    zeros = None if c.zeros is None else groups(c.zeros if c.corrected else c.zeros.to(torch.bfloat16))
     table = c.table if c.table is None or len(c.table) == 1 else rows(c.table)
     return Prepared(layout.pack(rows(c.q), c.kind), None if scales is None else groups(scales), zeros, table, row, A, B, c.kind, scale, c.group, c.offset,
                     c.byte, c.corrected, gated, (out, n))  # fmt: skip

@@ -57,12 +57,12 @@ def _dequantize(out, w, s, z, t, row, first, last, K, stride, padded, tiles, ent
         if row is not None:
             row0, row1 = tl.load(row + n0)[:, None], tl.load(row + n0 + 8)[:, None]
         if CORRECTED:
-            f0, f1 = tl.load(z + g * padded + n0)[:, None], tl.load(z + g * padded + n0 + 8)[:, None]
+            f0, f1 = numbers(tl.load(twos(z) + near)[:, None], z.dtype.element_ty)
         if z is None or CORRECTED:
             z0 = tl.full((1, 1), OFFSET, tl.int32) if OFFSET else None
             z1 = z0
         else:
-            both = tl.load(z + fine) if SCALE == "fine" else tl.load(z + near)[:, None]
+            both = tl.load(z + fine) if SCALE == "fine" else tl.load(twos(z) + near)[:, None]
             z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
         p00, p01, p10, p11 = pairs(w0, w1, w2, table, z0, z1, u, KIND, ASM)
         v = (_scaled(p00, f0, s0, row0, ASM), _scaled(p01, f0, s0, row0, ASM), _scaled(p10, f1, s1, row1, ASM), _scaled(p11, f1, s1, row1, ASM))
