@@ -89,7 +89,8 @@ def _matmul(x, w, s, z, t, sums, row, bias, B, u, y, partial, counter, M, N, K, 
         z0, z1 = copied(both, 0, 16, ASM), copied(both, 1, 16, ASM)
     PACK: tl.constexpr = 4 // GROUP if GROUP < 3 else 1  # scales that lie together, those of 256 columns
     LOAD: tl.constexpr = PACK * STEP // 4 if PACK > 1 else 1  # ... of which an iteration takes
-    WIDE: tl.constexpr = max(LOAD, 256 // BN) if SCALE == "group" else LOAD  # what is smaller than a program has threads, Triton loads once for every use, and not ahead
+    # Triton loads what has fewer numbers than the program threads once for every use, and not ahead
+    WIDE: tl.constexpr = max(LOAD, 256 // BN) if SCALE == "group" else LOAD
     near = ((block * (BN // 2) + r) * PACK)[:, None] + (tl.arange(0, WIDE) % LOAD)[None, :]
     for step in range(split, steps, SPLIT):
         ws, xs = wp + step * (STEP // UNITS * PLANES * 128), xp + step * (STEP * 64)
@@ -175,10 +176,10 @@ def rule(p: Prepared, m: int) -> Config:
     kind, bm = layout.KINDS[p.kind], min(bucket(m), widest(p))
     bn = 128 if N % 128 == 0 and (bm > 64 or (bm <= 32 and kind.bits <= 4 and N * K >= 2**25)) else 64
     eight = bm > 64 and bn == 128  # warps; one program a multiprocessor, whose registers it takes: room for long steps
-    step = 4 if (bm <= 32 or eight and bm == 128) and kind.bits <= 4 and p.scale != "fine" else max(kind.units, 2)
+    step = 4 if (bm <= 32 or (eight and bm == 128)) and kind.bits <= 4 and p.scale != "fine" else max(kind.units, 2)
     tiles = N // bn * math.ceil(m / bm)
     split = max(1, min(PROGRAMS // tiles, K // 1024, PARTIAL // (tiles * bn * bm)))
-    stages = 4 if bm <= 32 else 3 if bm * step < 512 or eight and bm == 256 else 2
+    stages = 4 if bm <= 32 else 3 if bm * step < 512 or (eight and bm == 256) else 2
     return Config(bn, bm, split, step, stages, 8 if eight else 4)
 
 

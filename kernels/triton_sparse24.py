@@ -2,11 +2,12 @@
 
     y[m, n] = Σ_g s[n, g] · Σ_{k ∈ g kept} v[n, k] · x[m, k] + b[n]          v bf16 or fp16, or 4-bit q − z
 
-A thread of the tensor core's fragment owns columns 2t, 2t + 1, 2t + 8, 2t + 9 of a block of 16, which is made one group of four (inputs are taken in that
-order). Two kept values are one register; the pattern, one of six, is a nibble. Four PRMT look four patterns up at once, one for each place: which two bytes
-of the register go there, or two bytes of zeros; two more put a group's four bytes together, and two fill its two registers of A. 20 instructions for 16
-weights, and the matrix is dense again without leaving registers: half the bytes, all of the multiply-adds, which a few rows of x do not notice.
-A prompt is for the sparse tensor cores (cusparselt.py), or for the dense weight.
+A thread of the tensor core's fragment owns columns 2t, 2t + 1 and 8 further of a block of 16: halves of groups of four. Two neighbours share a group, read
+the same kept values and the same pattern, one of six, a nibble, and x lies as it is. PRMT looks four patterns up at once in the thread's table: which
+two bytes of the values go to a place, or two bytes of zeros. Two lookups, two permutes that put both places together, two shifts and four more permutes
+make four registers of A: 10 instructions for 8 weights, and the matrix is dense again without leaving registers: half the bytes, all of the
+multiply-adds, which a few rows of x do not notice. Codes of 4 bits are spread as bytes, the zero point where nothing is kept; a permute gives them
+the upper byte of 128, and 128 + z is subtracted: 16 for 8 weights. A prompt is for the sparse tensor cores (cusparselt.py), or for the dense weight.
 """
 
 from dataclasses import dataclass
@@ -27,12 +28,11 @@ LARGE = 2**25  # weights
 PATTERNS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
-def _tables(code, places) -> tuple[int, ...]:
-    """A byte for each pattern (two registers), for the places of the even threads and of the odd ones: what `code` says is there, 0 or 1 of the kept, or 2, none."""
-    def kept(pattern, place):
-        return code[pattern.index(place) if place in pattern else 2]
-
-    octets = [[sum(kept(pattern, 2 * odd + e) << 4 * i for i, e in enumerate(places)) for pattern in PATTERNS] for odd in (0, 1)]
+def _tables(code: tuple[int, int, int], places: tuple[int, ...]) -> tuple[int, ...]:
+    """A byte for each pattern, in two registers, for the even threads and for the odd ones: `code` of what is at these places of their half, the first value
+    kept, the second or none; of two places a nibble each."""
+    number = lambda pattern, place: code[pattern.index(place) if place in pattern else 2]
+    octets = [[sum(number(pattern, 2 * odd + e) << 4 * i for i, e in enumerate(places)) for pattern in PATTERNS] for odd in (0, 1)]
     registers = [sum(octet << 8 * i for i, octet in enumerate(row[j : j + 4])) for j in (0, 4) for row in octets]
     return tuple(r - 2**32 if r >= 2**31 else r for r in registers)
 
@@ -51,7 +51,7 @@ SPREAD4 = tl.constexpr("""{ .reg .b32 a, b, s, p;
 
 @triton.jit
 def _registers(TABLES: tl.constexpr):
-    """Of the places of each thread t, [1, t, 1]."""
+    """A thread's own, [1, t, 1]. Constants would be copied to a register for every permute."""
     odd = (tl.arange(0, 4) % 2)[None, :, None] == 1
     return tl.where(odd, TABLES[1], TABLES[0]), tl.where(odd, TABLES[3], TABLES[2])
 
@@ -63,18 +63,16 @@ def _load(p, R: tl.constexpr):
 
 
 @triton.jit
-def _quad(patterns, w, t, z0, z1, HALF: tl.constexpr, INT4: tl.constexpr, BN: tl.constexpr):
-    """The four registers of the blocks 2j + HALF of 16 columns, from planes of values at w or from one of nibbles → [..., e, kk, h]."""
-    R: tl.constexpr = BN // 2
+def _half(patterns, w, t, z0, z1, HALF: tl.constexpr, INT4: tl.constexpr, R: tl.constexpr):
+    """The registers (h, kk) of half of 256 columns, a block of 16 a word: from planes of values at w, or from one of nibbles."""
     if INT4:
-        a, b, c, d = tl.inline_asm_elementwise(SPREAD4, "=r,=r,=r,=r,r,r,r,r,r,r", [patterns, _load(w + HALF * 128, R), z0, z1, t[0], t[1]],
-                                               dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
+        return tl.inline_asm_elementwise(SPREAD4, "=r,=r,=r,=r,r,r,r,r,r,r", [patterns, _load(w + HALF * 128, R), z0, z1, t[0], t[1]],
+                                         dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
     else:
         p = w + HALF * 512
-        a, b, c, d = tl.inline_asm_elementwise(SPREAD, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
-                                               [patterns, _load(p, R), _load(p + 128, R), _load(p + 256, R), _load(p + 384, R), t[0], t[1], t[2], t[3]],
-                                               dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
-    return a, b, c, d
+        return tl.inline_asm_elementwise(SPREAD, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r",
+                                         [patterns, _load(p, R), _load(p + 128, R), _load(p + 256, R), _load(p + 384, R), t[0], t[1], t[2], t[3]],
+                                         dtype=(tl.int32,) * 4, is_pure=True, pack=1)  # fmt: skip
 
 
 @triton.jit
@@ -96,7 +94,8 @@ def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, r
     steps = tl.cdiv(K, 256)
     w += (block.to(tl.int64) * (steps * PLANES * 128) + r % 8 * 16)[:, None, None] + tl.arange(0, 2)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     xp = x + m[None, :].to(tl.int64) * stride_x + column[:, None]
-    near = (tl.program_id(0) * (BN // 2) + r)[:, None] + tl.zeros((1, 256 // BN), tl.int32)  # fewer than threads are loaded once for every use, and not ahead
+    n0 = tl.program_id(0) * (BN // 2) + r
+    WIDE: tl.constexpr = 256 // BN  # as in fragment.py: what has a number for every thread is loaded ahead
     table = _registers(NIBBLES) if INT4 else _registers(FIRST) + _registers(SECOND)
     acc = tl.zeros((BN, BM), tl.float32)
     for tile in range(tl.program_id(2), steps, SPLIT):
@@ -104,20 +103,19 @@ def _matmul(x, w, scales, zeros, bias, y, partial, arrived, M, N, K, stride_x, r
         patterns = _load(p + (PLANES - 1) * 128, BN // 2)
         z0, z1, scale = patterns, patterns, 1.0
         if PER_TILE:
-            pair = nth(tl.load(twos(scales) + tile * (rows // 2) + near), 0, 256 // BN, BN // 2)
+            pair = nth(tl.load(twos(scales) + tile * (rows // 2) + n0[:, None] + tl.zeros((1, WIDE), tl.int32)), 0, WIDE, BN // 2)
             scale = in_rows(*numbers(pair, scales.dtype.element_ty), BN)
             patterns = after(patterns, pair[:, :, None], True)
         if INT4:
-            z = tl.load(zeros + (tile * (rows // 2) if PER_TILE else 0) + tl.program_id(0) * (BN // 2) + r)[:, None, None]
+            z = tl.load(zeros + (tile * (rows // 2) if PER_TILE else 0) + n0)[:, None, None]
             z0, z1 = copied(z, 0, 16, True), copied(z, 1, 16, True)
         part = tl.zeros((BN, BM), tl.float32) if PER_TILE else acc
         for half in tl.static_range(2):
-            v = _joined(_quad(patterns >> 16 * half, p, table, z0, z1, half, INT4, BN), BN, x.dtype.element_ty)
-            start = tile * 256 + 128 * half
-            part = tiles.dot(v, tiles.columns(xt + 128 * half, m, start + column, M, K, EVEN), part, EXACT)
+            v = _joined(_half(patterns >> 16 * half, p, table, z0, z1, half, INT4, BN // 2), BN, x.dtype.element_ty)
+            part = tiles.dot(v, tiles.columns(xt + 128 * half, m, tile * 256 + 128 * half + column, M, K, EVEN), part, EXACT)
         acc = acc + part * scale if PER_TILE else part
     if SCALED and not PER_TILE:
-        acc *= in_rows(*numbers(tl.load(twos(scales) + tl.program_id(0) * (BN // 2) + r)[:, None], scales.dtype.element_ty), BN)
+        acc *= in_rows(*numbers(tl.load(twos(scales) + n0)[:, None], scales.dtype.element_ty), BN)
     tiles.finish(acc, y, bias, partial, arrived, m, n, M, N, BIAS, SPLIT, BN, BM)
 
 

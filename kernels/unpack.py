@@ -82,9 +82,9 @@ def twos(p):
 @triton.jit
 def numbers(pair, DTYPE: tl.constexpr):
     """Both numbers of a pair, fp32."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE.is_bf16():
         return low(pair), high(pair)
-    elif DTYPE == tl.float16:
+    elif DTYPE.is_fp16():
         return pair.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32), (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
     else:
         return pair.to(tl.int32).to(DTYPE, bitcast=True), (pair >> 32).to(tl.int32).to(DTYPE, bitcast=True)
