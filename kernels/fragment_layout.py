@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LAYOUT = 1
+LAYOUT = 2
 ROWS, COLUMNS = 64, 256  # what a weight is padded to: the rows of a wgmma, the columns of the longest tile
 UNIT = 64
 
