@@ -48,13 +48,12 @@ class CalibrationSet:
     record: dict                # JSON: what was asked for, what was obtained, by which rule, and its hash
     fallbacks: list[dict] = field(default_factory=list)     # {what, where, count, detail}: what fell short of the asked
 
-    def with_generated(self, other: "CalibrationSet", first: bool = False) -> "CalibrationSet":
-        """These windows and then (first: behind) the other's, which the model wrote itself; the record tells both."""
-        order = (other, self) if first else (self, other)
-        masks = [torch.ones_like(c.tokens, dtype=torch.bool) if c.mask is None else c.mask for c in order]
+    def with_generated(self, other: "CalibrationSet") -> "CalibrationSet":
+        """These windows and then the other's, which the model wrote itself; the record tells both."""
+        masks = [torch.ones_like(c.tokens, dtype=torch.bool) if c.mask is None else c.mask for c in (self, other)]
         mask = None if self.mask is None and other.mask is None else torch.cat(masks)
         record = self.record | {"generated": {key: other.record[key] for key in ("seed", "obtained", "sha256")}}
-        return CalibrationSet(torch.cat([c.tokens for c in order]), mask, self.words + other.words, record, self.fallbacks + other.fallbacks)
+        return CalibrationSet(torch.cat([self.tokens, other.tokens]), mask, self.words + other.words, record, self.fallbacks + other.fallbacks)
 
 
 def load_calibration(spec: str, tokenizer: PreTrainedTokenizerBase | None, *, samples: int | None = 128,

@@ -263,8 +263,6 @@ def heal(path: str, teacher: str, data: str | CalibrationSet = "stdlib", output:
     if (a := _vocabulary(source)) != (b := _vocabulary(original)):
         raise CompressError(f"{path} has a vocabulary of {a}, {teacher} of {b}: not a compressed version of it")
     text = _text(data, original, samples=chosen.samples, seqlen=chosen.seqlen, seed=seed, pack=pack, chat_template=chat_template)
-    if chosen.generated:
-        text = text.with_generated(_text("self", original, samples=chosen.generated, seqlen=text.tokens.shape[1], seed=seed), first=True)
     _fits(text, source.config, a, path)
     asked = {"teacher": original.digest(), "data": text.record | {"sha256": _digest(text)}}
     _heal(chosen, source, original, text, Path(output), Path(cache) if cache else None, asked, processes, seed=seed, device=device, strict=strict,

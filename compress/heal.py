@@ -9,10 +9,10 @@ Calibration solves each layer once for a few windows; here the layers answer to 
 the end depends on the format (healing/adapters.py): merged where it costs nothing, kept as a low-rank term over integers. The original is read
 once, block by block (healing/teacher.py), so only the compressed model, the adapters and Adam's two moments of them are in memory while training.
 
-Windows of the text that are never trained on judge. Where they see no gain, training goes back to the best state they have seen and its steps are halved:
-noise is in proportion to them, and what is to be won may be less than it. At the end that state, rounded as it will be stored, is judged once more, and undone
-where it is no better than the model was before. Everything that training has come to lies in one shard, written anew every few steps by one rename: killed
-anywhere, the same command goes on from there to the same bytes. Under `accelerate launch` or `torchrun` the windows of a step are shared out.
+Windows that are never trained on judge. Where they see no gain, training goes back to the best state they have seen and its steps are halved: noise is in
+proportion to them, and what is to be won may be less than it. At the end that state, rounded as it will be stored, is judged once more, and undone where it
+is no better than the model was before. Everything that training has come to lies in one shard, written anew every few steps by one rename: killed anywhere,
+the same command goes on from there to the same bytes. Under `accelerate launch` or `torchrun` the windows of a step are shared out.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def heal(options: Heal, source: Checkpoint, teacher: Checkpoint, data: Calibrati
     """
     run, answers = _identity(options, source, asked, device, seed)
     windows = len(data.tokens)
-    judges = max(1, round(options.held_out * (windows - options.generated)))
+    judges = max(1, round(options.held_out * windows))
     if options.batch % processes.num_processes or windows - judges < options.batch:
         raise CompressError(f"heal: a batch of {options.batch} windows, {processes.num_processes} processes, {windows} windows of which {judges} only judge: "
                             "the batch must be a multiple of the processes and no more than the others; use more --samples or --set batch=N")  # fmt: skip

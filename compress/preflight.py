@@ -210,7 +210,7 @@ def healing(options: Heal, source: Checkpoint, shapes: list[tuple[int, int]]) ->
     vocabulary, width = source.model.get_input_embeddings().weight.shape
     dense, adapters = sum(m * n for m, n in shapes), sum(options.rank * (m + n) for m, n in shapes)
     learning = {"weights": dense, "lora": adapters, "scales": dense // 64}[options.train]
-    passes = 6.0 * options.steps * options.batch + 2.0 * (options.generated + options.samples * (1 + options.held_out * options.steps / options.every))
+    passes = 6.0 * options.steps * options.batch + 2.0 * options.samples * (1 + options.held_out * options.steps / options.every)
     kept = sum(m + n for m, n in shapes) * source.dtype.itemsize // (source.num_blocks if options.checkpointing else 1)
     tokens = options.micro * options.seqlen
     model = sum(e.nbytes for e in source.entries.values()) * source.dtype.itemsize // source.stored_dtype.itemsize

@@ -36,14 +36,13 @@ class Heal:
     every: int = 25  # steps between two looks at the held-out windows, after which the state is saved
     held_out: float = 0.05  # share of the windows that only judges
     samples: int = 512  # windows of the text
-    generated: int = 0  # windows more that the original writes itself: where text is short, the same few are not learned by heart
     seqlen: int = 512  # tokens of a window
     checkpointing: bool = False  # compute each block again on the way back: less memory, a third more time
     bounded: bool = False  # keep no dense copy of frozen weights and no scales that learn (QLoRA's memory), dequantize at every use
 
     def __post_init__(self):
         low = {"steps": 0, "warmup": 0, "lr": 0, "weight_lr": 0, "scale_lr": 0, "states": 0, "hidden": 0, "relation": 0, "seqlen": 2, "samples": 2,
-               "rank": 1, "batch": 1, "micro": 1, "top_k": 1, "layers": 1, "heads": 1, "every": 1, "generated": 0}  # fmt: skip
+               "rank": 1, "batch": 1, "micro": 1, "top_k": 1, "layers": 1, "heads": 1, "every": 1}  # fmt: skip
         bad = [f"{name} {getattr(self, name)} is below {least}" for name, least in low.items() if getattr(self, name) < least]
         bad += [f"{name} {value} lies outside 0 ... 1" for name, value in (("held_out", self.held_out),) if not 0 < value < 1]
         bad += ["kl must be more than 0: it also judges"] if self.kl <= 0 else []
