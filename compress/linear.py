@@ -139,14 +139,13 @@ class GatedMLP(nn.Module):
 
 def is_gated(mlp: nn.Module, readers: Sequence[str], down: str) -> bool:
     """Is this module down(SiLU(gate(x)) · up(x))? Asked of its own forward, with small linears in the place of its own."""
-    if len(readers) > 2:
+    linears = {name for name, m in mlp.named_children() if isinstance(m, CompressedLinear | nn.Linear)}
+    if len(readers) > 2 or linears != {*readers, down}:
         return False
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         small = {name: nn.Linear(8, 16 // len(readers), dtype=torch.float64) for name in readers} | {down: nn.Linear(8, 8, dtype=torch.float64)}
         x = torch.randn(1, 3, 8, dtype=torch.float64)
-    if {name for name, m in mlp.named_children() if isinstance(m, CompressedLinear | nn.Linear)} != small.keys():
-        return False
     probe = copy.copy(mlp)
     probe.__dict__ = {**mlp.__dict__, "_modules": {**mlp._modules, **small}}
     with torch.no_grad():
@@ -170,11 +169,11 @@ def fuse(model: nn.Module) -> list[Fused]:
             if len({m.bias is None for m in layers}) != 1 or (len(layers) > 1 and join_rows([m.format for m in layers]) is None):
                 continue
             (parent, _, _), names = site.linears[0].rpartition("."), [path.rpartition(".")[2] for path in site.linears]
-            readers = [path for other in sites if other is not site for path in other.linears if path.rpartition(".")[0] == parent]
-            whole = parent and len(readers) == 1 and len(layers) == len(names)
-            if whole and is_gated(block.get_submodule(parent), names, down := readers[0].rpartition(".")[2]):
+            others = [path.rpartition(".")[2] for other in sites if other is not site for path in other.linears if path.rpartition(".")[0] == parent]
+            whole = parent and len(others) == 1 and len(layers) == len(names)
+            if whole and is_gated(block.get_submodule(parent), names, *others):
                 made.append(Fused(layers, gated=True))
-                block.set_submodule(parent, GatedMLP(block.get_submodule(parent), made[-1], down))
+                block.set_submodule(parent, GatedMLP(block.get_submodule(parent), made[-1], *others))
             elif len(layers) > 1:
                 made.append(Fused(layers))
     return made

@@ -237,31 +237,35 @@ def bench(device: str, notes: list[str], records: list[dict], until: float = mat
     number of rows. Returns what is left of it when `until` (of time.monotonic) comes."""
     generator = torch.Generator(device).manual_seed(0)
     known, left = {(*r["shape"], r["m"]) for r in records}, []
-    pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) if device == "cuda" else None
-    for shape in SHAPES[device]:
-        todo = [m for m in ROWS[device] if (*shape, m) not in known]
-        if todo and pool and time.monotonic() < until:
-            list(pool.map(functools.partial(build, device, shape), FORMATS))
-        found = paths(device, shape, generator, notes) if todo and time.monotonic() < until else []
-        for m in todo:
-            if time.monotonic() >= until:
-                left.append(f"{shape[0]}×{shape[1]} with {m} rows")
-                continue
-            x = torch.randn(m, shape[1], generator=generator, device=device).to(torch.bfloat16)
-            us = measure(found, x, notes)
-            for path in found:
-                if path.name in us:
-                    few, error = x[:4], None
-                    if path.exact:
-                        y = path.copies[0](x)[:4].double()
-                        error = min(((y - exact).norm() / exact.norm()).item() for exact in path.exact(few))
-                    records.append({"shape": list(shape), "m": m, "path": path.name, "kernel": path.chosen(x), "us": us[path.name],
-                                    "gb_s": path.nbytes / us[path.name] / 1e3, "speedup": us[DENSE] / us[path.name], "error": error})  # fmt: skip
-            keep()
-        del found
-    if pool:
-        pool.shutdown()
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:  # starts nothing before it is given work
+        for shape in SHAPES[device]:
+            found: list[Line] = []
+            for m in (m for m in ROWS[device] if (*shape, m) not in known):
+                if time.monotonic() >= until:
+                    left.append(f"{shape[0]}×{shape[1]} with {m} rows")
+                    continue
+                if not found:
+                    if device == "cuda":
+                        list(pool.map(functools.partial(build, device, shape), FORMATS))
+                    found = paths(device, shape, generator, notes)
+                x = torch.randn(m, shape[1], generator=generator, device=device).to(torch.bfloat16)
+                records += _records(found, shape, x, notes)
+                keep()
     return left
+
+
+def _records(found: list[Line], shape: tuple[int, int], x: Tensor, notes: list[str]) -> list[dict]:
+    """Every path of a shape, measured on x."""
+    us, records = measure(found, x, notes), []
+    for path in found:
+        if path.name in us:
+            few, error = x[:4], None
+            if path.exact:
+                y = path.copies[0](x)[:4].double()
+                error = min(((y - exact).norm() / exact.norm()).item() for exact in path.exact(few))
+            records.append({"shape": list(shape), "m": len(x), "path": path.name, "kernel": path.chosen(x), "us": us[path.name],
+                            "gb_s": path.nbytes / us[path.name] / 1e3, "speedup": us[DENSE] / us[path.name], "error": error})  # fmt: skip
+    return records
 
 
 @torch.inference_mode()

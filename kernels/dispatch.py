@@ -218,8 +218,8 @@ def routes(format: Seen, x: Tensor, how: How = AUTO) -> list[Route]:
         how = how._replace(memory="keep")
     options = [plain(format, how)]
     if isinstance(format, Rounded) and x.element_size() == 2 and not isinstance(format.inner, Transformed):
-        run = functools.partial(_unrounded, how._replace(activations=None))
-        kernels.append(Route(UNROUNDED, lambda rounded, dtype: (rounded.inner, {}), run))
+        run = functools.partial(_within, how._replace(activations=None))
+        kernels.append(Route(UNROUNDED, _inner, run))
     if isinstance(format, (*COMBINATORS, Gated)) and how.activations:  # only its leaves know where the input is rounded
         return options
     if isinstance(format, Gated):
@@ -266,7 +266,7 @@ def _kernel(file: str) -> ModuleType | None:
 def plain(format: Seen, how: How) -> Route:
     """The route that always works and needs no measurement."""
     if isinstance(format, Gated):
-        return Route("parts", lambda gated, dtype: (gated.inner, {}), functools.partial(_gated, how))
+        return Route("parts", _inner, functools.partial(_gated, how))
     if isinstance(format, Rounded) and isinstance(format.inner, Transformed):
         return Route("parts", lambda rounded, dtype: _parts(rounded.inner, dtype), functools.partial(_chain, how))
     if isinstance(format, Rounded):
@@ -319,16 +319,20 @@ def _columns(how: How, x: Tensor, parts: list, bias: Tensor | None) -> Tensor:
     return first + second
 
 
-def _gated(how: How, x: Tensor, prepared: tuple[Format, dict], bias: Tensor | None) -> Tensor:
-    inner, cache = prepared
-    return gate(matmul(x, inner, bias, cache, how))
-
-
 def _rounded(how: How, x: Tensor, prepared: tuple[Format, Grid, dict], bias: Tensor | None) -> Tensor:
     inner, grid, cache = prepared
     return matmul(dequantize(*quantize(x, grid), x.dtype), inner, bias, cache, how)
 
 
-def _unrounded(how: How, x: Tensor, prepared: tuple[Format, dict], bias: Tensor | None) -> Tensor:
+def _inner(format: Rounded | Gated, dtype: torch.dtype) -> tuple[Format, dict]:
+    """What a wrapper is about, and a cache of its own."""
+    return format.inner, {}
+
+
+def _within(how: How, x: Tensor, prepared: tuple[Format, dict], bias: Tensor | None) -> Tensor:
     inner, cache = prepared
     return matmul(x, inner, bias, cache, how)
+
+
+def _gated(how: How, x: Tensor, prepared: tuple[Format, dict], bias: Tensor | None) -> Tensor:
+    return gate(_within(how, x, prepared, bias))

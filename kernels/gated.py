@@ -26,9 +26,6 @@ class Gated:
     def describe(self) -> str:
         return f"gated {self.inner.describe()}"
 
-    def to(self, device) -> "Gated":
-        return Gated(self.inner.to(device))
-
 
 def apply(y: Tensor) -> Tensor:
     """The product [..., out] → [..., out / 2]."""

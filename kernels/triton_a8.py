@@ -160,7 +160,7 @@ def matmul(x: Tensor, prepared: Prepared, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply(codes: Tensor, sx: Tensor, prepared: Prepared, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Activations that are quantized already, codes [m, in] and sx fp32 [m, 1], by a norm, a gate or a transform → [m, out] in `dtype`."""
+    """Activations that are quantized already (by a transform: triton_rotated.py), codes [m, in] and sx fp32 [m, 1] → [m, out] in `dtype`."""
     return op(codes, sx, prepared.weight, prepared.scales, bias, prepared.repeat, *prepared.shape, dtype)
 
 
