@@ -53,7 +53,7 @@ UNROUNDED = "unrounded"
 Weight = Format | Gated
 Seen = Format | Gated | Rounded  # a weight as kernels see it
 KERNELS = {  # device → name → file
-    "cpu": {"cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
+    "cpu": {"cpu-native": "cpu_native", "cpu-pack": "cpu_int", "cpu-int8": "cpu_int8", "cpu-int-mm": "cpu_int_mm"},
     "cuda": {"triton-int": "triton_int", "triton-fragment": "fragment", "triton-lut": "triton_lut", "triton-trellis": "triton_trellis",
              "triton-2:4": "triton_sparse24", "triton-a8": "triton_a8", "triton-kronecker": "triton_transform", "triton-rotated": "triton_rotated",
              "cublas-a8": "cublas_a8", "cusparselt": "cusparselt"},

@@ -329,6 +329,7 @@ def test_activations_are_refused_and_measured(artifact):
 def test_tune_tells_every_route(artifact, quick, capsys):
     found = compress.tune_kernels(str(artifact / "w4"), (1, 4), device="cpu", memory="bounded", show=False)
     assert {r["route"] for r in found} == {"cpu-pack"} and {r["rows"] for r in found} == {1, 4} and sum(r["layers"] for r in found if r["rows"] == 1) == 14
-    assert found[0]["us"] == {"dense-streamed": 100.0, "cpu-pack": 1.0} and "not rounded" in found[0]["refused"]["cpu-int8"]
+    kept = {name: us for name, us in found[0]["us"].items() if name != "cpu-native"}  # which not every processor has
+    assert kept == {"dense-streamed": 100.0, "cpu-pack": 1.0} and "not rounded" in found[0]["refused"]["cpu-int8"]
     with pytest.raises(CompressError, match="no compressed layers"):
         compress.tune_kernels(str(artifact / "model"), device="cpu")
