@@ -51,7 +51,7 @@ from .heal import heal as _heal
 from .healing.options import Heal
 from .hf import empty
 from .judge import Judge
-from .kernels import dispatch
+from .kernels import dispatch, native
 from .kernels.activations import LARGEST
 from .kernels.dispatch import How, Memory
 from .latency import Clock, parse_latency, routed, surroundings, timed
@@ -370,8 +370,8 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     """A Hugging Face model from an artifact (or a plain checkpoint), ready for generate().
 
     policy "auto" multiplies by the fastest kernel measured on this machine, "dense" by the dequantized weight in a fixed order.
-    memory "keep" lets a layer keep dense and repacked copies wherever they are fastest (prompts on CPU), "bounded" no dense one, "auto" is "keep" on a CPU
-    whose free memory would hold the dense weights twice; elsewhere dense copies stay only where no kernel multiplies by the codes.
+    memory "keep" lets a layer keep dense and repacked copies wherever they are fastest, "bounded" no dense one; with "auto" dense copies stay only where no
+    kernel multiplies by the codes, but is "keep" on a CPU without native code (kernels/native.py) whose free memory would hold the dense weights twice.
     activations int8, int4 or fp8: what compressed weights multiply is rounded to it, one scale a token (kernels/activations.py).
     fuse: q, k and v, and gate and up (then SiLU(gate) · up), are multiplied as one where their formats are of one kind (architectures of compress/arch.py).
     compile: generate() compiles its decoding step (torch.compile, fullgraph, static cache); `rows` are the batch sizes that will meet it.
@@ -393,7 +393,7 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     model = model.to(_device(device)).eval()
     layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
     dense = sum(m.in_features * m.out_features for m in layers) * model.dtype.itemsize
-    if memory == "auto" and model.device.type == "cpu" and psutil.virtual_memory().available > 2 * dense:
+    if memory == "auto" and model.device.type == "cpu" and psutil.virtual_memory().available > 2 * dense and isinstance(native.library(), str):
         memory = "keep"
     for module in layers:
         module.how = How(policy, memory, activations)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ROWS = 32, TILE = 12, TOKENS = 96, OPERANDS = 80 };  // rows of a panel; tokens of a tile, of a pass over a panel; operands of a block at most
+enum { ROWS = 32, TILE = 12, TOKENS = 64, OPERANDS = 80 };  // rows of a panel; tokens of a tile, of a pass over a panel; operands of a block at most
 enum Type { F32, BF16, F16 };
 
 struct Weight {
@@ -48,7 +48,7 @@ static inline __m512 factors(const void *p, int wide, int64_t i) {
 
 struct Float {  // pairs of bf16
     typedef Float Dot;
-    enum { ROUNDED = 0 };
+    enum { ROUNDED = 0, PLAIN = 0 };
     typedef __m512 Sum;
     static Sum none() { return _mm512_setzero_ps(); }
     static Sum dot(Sum a, __m512i w, __m512i x) { return _mm512_dpbf16_ps(a, (__m512bh)w, (__m512bh)x); }
@@ -144,7 +144,7 @@ struct Sparse : Float {  // as many values as the mask has bits come from where 
 };
 
 template <int BITS> struct Bytes : Int {  // 8/BITS codes a byte
-    enum { PER = 8 / BITS, SIZE = 128 };
+    enum { PER = 8 / BITS, SIZE = 128, PLAIN = BITS == 8 };
     __m512i word[2];
     Bytes(const Weight &, int64_t) {}
     void next(const uint8_t *p) { word[0] = _mm512_loadu_si512(p), word[1] = _mm512_loadu_si512(p + 64); }
@@ -264,7 +264,7 @@ template <class D, int M> static void tile(const Weight &w, const Input &in, int
     for (int i = 0; i < M; i++) sum[i][0] = sum[i][1] = D::none();
     const uint8_t *x = in.x + (block * in.m + token) * in.pitch;
     for (int64_t t = 0; t < length; t++, x += 4) {
-        __m512i low = weight[t][0], high = weight[t][1];
+        __m512i low = _mm512_loadu_si512(weight[t]), high = _mm512_loadu_si512(weight[t] + 1);
 #pragma GCC unroll 12
         for (int i = 0; i < M; i++) {
             __m512i v = broadcast(x + i * in.pitch);
@@ -290,14 +290,17 @@ template <class R> static void many(const Weight &w, const Input &in, const Outp
     for (int64_t i = 0; i < tokens; i++) y[i][0] = y[i][1] = _mm512_setzero_ps();
     const uint8_t *p = w.codes + panel * w.blocks * w.words * R::SIZE;
     for (int64_t b = 0; b < w.blocks; b++) {
-        for (int64_t t = 0; t < w.words; t++, p += R::SIZE) {
-            for (int at = 0; at < R::SIZE; at += 64) _mm_prefetch((const char *)p + w.words * R::SIZE + at, _MM_HINT_T1);  // of the next block, while this one is used
-            r.next(p);
-            Keep<R> keep = {r, weight + t * R::PER};
-            Upto<R::PER>::run(keep);
-        }
+        for (int64_t at = 0; at < w.words * R::SIZE; at += 64) _mm_prefetch((const char *)p + w.words * R::SIZE + at, _MM_HINT_T1);  // the next, while this is used
+        const __m512i (*operands)[2] = weight;
+        if (R::PLAIN) operands = (const __m512i (*)[2])p, p += w.words * R::SIZE;  // bytes lie in memory as they are multiplied
+        else
+            for (int64_t t = 0; t < w.words; t++, p += R::SIZE) {
+                r.next(p);
+                Keep<R> keep = {r, weight + t * R::PER};
+                Upto<R::PER>::run(keep);
+            }
         for (int64_t i = 0; i < tokens; i += TILE)
-            tiles[tokens - i < TILE ? tokens - i : TILE](w, in, b, first + i, (panel * w.blocks + b) * ROWS, weight, w.words * R::PER, y + i);
+            tiles[tokens - i < TILE ? tokens - i : TILE](w, in, b, first + i, (panel * w.blocks + b) * ROWS, operands, w.words * R::PER, y + i);
     }
     for (int64_t i = 0; i < tokens; i++) finish(w, in, out, first + i, panel, y[i][0], y[i][1]);
 }
@@ -354,8 +357,8 @@ static float round_token(const Weight &w, const void *x, int type, float largest
 }
 
 template <class R> static int run(const Weight &w, const void *x, int type, float largest, int64_t m, const Output &out, int threads) {
-    if (w.words * R::PER > OPERANDS) return 1;
-    int64_t pitch = 4 * R::PER * w.words, panels = (w.n + ROWS - 1) / ROWS, batches = (m + TOKENS - 1) / TOKENS;
+    if (!R::PLAIN && w.words * R::PER > OPERANDS) return 1;
+    int64_t pitch = 4 * R::PER * w.words, panels = (w.n + ROWS - 1) / ROWS, passes = (m + TOKENS - 1) / TOKENS, tokens = (m + passes - 1) / passes;
     int64_t size = w.blocks * m * pitch, numbers = 4 * m * (w.blocks + 1);
     uint8_t *copy = (uint8_t *)aligned_alloc(64, (size + numbers + 63) / 64 * 64);
     if (!copy) return 2;
@@ -368,8 +371,8 @@ template <class R> static int run(const Weight &w, const void *x, int type, floa
             if (R::ROUNDED) token[i] = round_token(w, x, type, largest, i, m, pitch, copy, sums);
             else copy_token(w, (const uint16_t *)x + i * w.k, i, m, pitch, copy, sums);
 #pragma omp for schedule(static) collapse(2)
-        for (int64_t b = 0; b < batches; b++)
-            for (int64_t p = 0; p < panels; p++) panel<R>(w, in, out, b * TOKENS, m - b * TOKENS < TOKENS ? m - b * TOKENS : TOKENS, p);
+        for (int64_t i = 0; i < passes; i++)
+            for (int64_t p = 0; p < panels; p++) panel<R>(w, in, out, i * tokens, m - i * tokens < tokens ? m - i * tokens : tokens, p);
     }
     free(copy);
     return 0;

@@ -1,4 +1,4 @@
-"""python -m compress.eval.bench.decode [--folder DIR] [--blocks 22] [--new-tokens 16]: tokens/s of a 1.1B model as bf16, int4 and W8A8, in one run.
+"""python -m compress.eval.bench.decode [--folder DIR] [--blocks 22] [--new-tokens 16]: tokens/s of a 1.1B model as bf16, int4 and with rounded activations, in one run.
 
 A random Llama of TinyLlama-1.1B's shape (eval/bench/memory.py) is rounded to nearest twice, int4 in groups of 128 and int8 per channel, and each reads a
 prompt of 128 tokens and decodes greedily at batch 1 in a process of its own (eval/speed.py), the original first and last: what lies between its two
@@ -18,8 +18,9 @@ import compress
 from compress.eval import speed
 from compress.eval.bench.memory import build
 
-MADE = {"int4 g128": ({"bits": 4, "group_size": 128}, {}), "W8A8": ({"bits": 8, "group_size": -1, "sym": True}, {"activations": "int8"}),
-        "int4 g128, no dense copies": ({"bits": 4, "group_size": 128}, {"memory": "bounded"})}
+INT4, INT8 = {"bits": 4, "group_size": 128}, {"bits": 8, "group_size": -1, "sym": True}
+MADE = {"int4 g128": (INT4, {}), "int4 g128, dense copies": (INT4, {"memory": "keep"}), "W4A8 g128": (INT4, {"activations": "int8"}),
+        "W8A8": (INT8, {"activations": "int8"})}  # fmt: skip
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
         rows[name] = speed.measure(str(path), new_tokens=args.new_tokens, prompt_tokens=128, **how)
         decode, prefill = (rows[name][f"{phase}_tokens_per_second"] for phase in ("decode", "prefill"))
         base = rows["bf16"]
-        print(f"{name:<22} {decode:6.2f} tokens/s, {decode / base['decode_tokens_per_second']:.2f}×; prompt {prefill:.0f} tokens/s, "
+        print(f"{name:<23} {decode:6.2f} tokens/s, {decode / base['decode_tokens_per_second']:.2f}×; prompt {prefill:.0f} tokens/s, "
               f"{prefill / base['prefill_tokens_per_second']:.2f}×; peak {rows[name]['peak_bytes'] / 1e9:.2f} GB", flush=True)  # fmt: skip
     print(json.dumps({"threads": torch.get_num_threads(), "rows": rows}))
 
