@@ -106,7 +106,8 @@ FORMATS: dict[str, tuple[Callable, Grid | None]] = {
     "nf4 g64": (_nf4, None), "fp8 channel": (_floats("fp8"), None), "mxfp4": (_floats("mxfp4"), None), "nvfp4": (_floats("nvfp4"), None),
     "lut2": (_tables(2), None), "lut3": (_tables(3), None), "trellis2 L12": (_trellis, None), "2:4 bf16": (_sparse(None), None),
     "2:4 int4 g128": (_sparse(integers(4, 128)), None),
-    "W8A8": (integers(8, -1), "int8"), "W4A8": (integers(4, -1), "int8"), "W4A8 g128": (integers(4, 128), "int8"), "W4A4": (integers(4, -1), "int4"), "fp8 A8": (_floats("fp8"), "fp8"),
+    "W8A8": (integers(8, -1), "int8"), "W4A8": (integers(4, -1), "int8"), "W4A8 g128": (integers(4, 128), "int8"),
+    "W4A4": (integers(4, -1), "int4"), "fp8 A8": (_floats("fp8"), "fp8"),
 }  # fmt: skip
 CPU = [name for name in FORMATS if name not in ("trellis2 L12", "fp8 A8")]  # these run dense there
 FRUGAL = "int4 g128, no copy"  # every other layer may keep a dense copy for long inputs (memory="keep")

@@ -258,12 +258,13 @@ template <class R> struct Keep {  // operands of a word go into the cache
 };
 
 template <class D, int M> static void tile(const Weight &w, const Input &in, int64_t block, int64_t token, int64_t at, const __m512i (*weight)[2],
-                                           int64_t length, __m512 (*y)[2]) {
+                                           int64_t length, const uint8_t *ahead, int64_t stride, __m512 (*y)[2]) {
     typename D::Sum sum[M][2];
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++) sum[i][0] = sum[i][1] = D::none();
     const uint8_t *x = in.x + (block * in.m + token) * in.pitch;
-    for (int64_t t = 0; t < length; t++, x += 4) {
+    for (int64_t t = 0; t < length; t++, x += 4, ahead += stride) {
+        _mm_prefetch(ahead, _MM_HINT_T1), _mm_prefetch(ahead + 64, _MM_HINT_T1);
         __m512i low = _mm512_loadu_si512(weight[t]), high = _mm512_loadu_si512(weight[t] + 1);
 #pragma GCC unroll 12
         for (int i = 0; i < M; i++) {
@@ -282,7 +283,8 @@ template <class D, int M> static void tile(const Weight &w, const Input &in, int
 
 template <class R> static void many(const Weight &w, const Input &in, const Output &out, int64_t first, int64_t tokens, int64_t panel) {
     typedef typename R::Dot D;
-    static void (*const tiles[])(const Weight &, const Input &, int64_t, int64_t, int64_t, const __m512i (*)[2], int64_t, __m512 (*)[2]) = {
+    static void (*const tiles[])(const Weight &, const Input &, int64_t, int64_t, int64_t, const __m512i (*)[2], int64_t, const uint8_t *,
+                                 int64_t, __m512 (*)[2]) = {
         0, tile<D, 1>, tile<D, 2>, tile<D, 3>, tile<D, 4>, tile<D, 5>, tile<D, 6>, tile<D, 7>, tile<D, 8>, tile<D, 9>, tile<D, 10>, tile<D, 11>, tile<D, 12>};
     R r(w, panel);
     __m512i weight[OPERANDS][2];
@@ -290,7 +292,6 @@ template <class R> static void many(const Weight &w, const Input &in, const Outp
     for (int64_t i = 0; i < tokens; i++) y[i][0] = y[i][1] = _mm512_setzero_ps();
     const uint8_t *p = w.codes + panel * w.blocks * w.words * R::SIZE;
     for (int64_t b = 0; b < w.blocks; b++) {
-        for (int64_t at = 0; at < w.words * R::SIZE; at += 64) _mm_prefetch((const char *)p + w.words * R::SIZE + at, _MM_HINT_T1);  // the next, while this is used
         const __m512i (*operands)[2] = weight;
         if (R::PLAIN) operands = (const __m512i (*)[2])p, p += w.words * R::SIZE;  // bytes lie in memory as they are multiplied
         else
@@ -300,7 +301,8 @@ template <class R> static void many(const Weight &w, const Input &in, const Outp
                 Upto<R::PER>::run(keep);
             }
         for (int64_t i = 0; i < tokens; i += TILE)
-            tiles[tokens - i < TILE ? tokens - i : TILE](w, in, b, first + i, (panel * w.blocks + b) * ROWS, operands, w.words * R::PER, y + i);
+            tiles[tokens - i < TILE ? tokens - i : TILE](w, in, b, first + i, (panel * w.blocks + b) * ROWS, operands, w.words * R::PER, p,
+                                                         i ? 0 : R::SIZE / R::PER, y + i);  // the first tile fetches the codes of the next block
     }
     for (int64_t i = 0; i < tokens; i++) finish(w, in, out, first + i, panel, y[i][0], y[i][1]);
 }

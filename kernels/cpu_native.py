@@ -34,7 +34,7 @@ ROWS = 32  # of the weight, side by side in two registers
 BLOCK = 64  # operands that are decoded at a time, at most: a quarter of the L1 cache
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SHARED, PER_ROW, BYTE, FP8, SPARSE, INTEGERS = range(6)
-SLICE = 2**24  # weights that are laid out at a time
+SLICE = 2**20  # weights that are laid out at a time: what is between takes some 20 bytes a weight
 
 
 class Weight(ctypes.Structure):

@@ -1,4 +1,4 @@
-"""python -m compress.eval.bench.decode [--folder DIR] [--blocks 22] [--new-tokens 16]: tokens/s of a 1.1B model as bf16, int4 and with rounded activations, in one run.
+"""python -m compress.eval.bench.decode [--folder DIR] [--blocks 22] [--new-tokens 16]: tokens/s of a 1.1B model, in bf16 and compressed, in one run.
 
 A random Llama of TinyLlama-1.1B's shape (eval/bench/memory.py) is rounded to nearest twice, int4 in groups of 128 and int8 per channel, and each reads a
 prompt of 128 tokens and decodes greedily at batch 1 in a process of its own (eval/speed.py), the original first and last: what lies between its two
