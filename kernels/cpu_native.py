@@ -3,7 +3,7 @@
     y[m, n] = α s_x[m] Σ_b s[n, b] (Σ_{k ∈ b} c[n, k] x[m, k] − z[n, b] Σ_{k ∈ b} x[m, k]) + bias[n]        b: blocks of columns with one scale a row
 
     activations    weight                                    c                                               products
-    bf16           integers to 4 bits, NF4, FP4, MXFP4,      one table of 2^bits values for all rows         pairs of bf16, sums in fp32
+    bf16, fp16     integers to 4 bits, NF4, FP4, MXFP4,      one table of 2^bits values for all rows         pairs of bf16, sums in fp32
                    NVFP4
                    tables of rows, to 4 bits                 a table of each row
                    integers of 5 to 8 bits, FP8              the number itself
@@ -66,7 +66,7 @@ def supports(format: Format | Rounded, x: Tensor) -> str | None:
             return f"{type(format.inner).__name__} is not IntGroup"
         if x.dtype not in TYPES:
             return f"activations are {x.dtype}"
-    elif x.dtype != torch.bfloat16:
+    elif x.dtype not in (torch.bfloat16, torch.float16):
         return f"activations are {x.dtype}; products are of bf16"
     try:
         group = columns(format)
@@ -182,29 +182,40 @@ def _kept(format: Masked | Sparse24, blocks: int, block: int) -> tuple[Tensor, T
     return values, (keep.view(*keep.shape[:3], 2, 32) * places).sum(-1).to(torch.int32).contiguous(), starts
 
 
-def _multiply(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _multiply(x: Tensor, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
-    y = x.new_empty(x.shape[0], packed.sizes[0])
+    y = x.new_empty(x.shape[0], packed.sizes[0], dtype=dtype)
     if x.shape[0]:
         at, kind = (0, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])
         failed = native.library().multiply(  # type: ignore[union-attr]
             ctypes.byref(packed.weight), ctypes.c_void_p(x.data_ptr()), TYPES[x.dtype], ctypes.c_float(packed.numbers[3]), ctypes.c_int64(x.shape[0]),
-            ctypes.c_void_p(y.data_ptr()), TYPES[y.dtype], ctypes.c_void_p(at), kind, torch.get_num_threads())  # fmt: skip
+            ctypes.c_void_p(y.data_ptr()), TYPES[dtype], ctypes.c_void_p(at), kind, torch.get_num_threads())  # fmt: skip
         if failed:
             raise MemoryError(f"cpu-native: no memory for {x.shape[0]} tokens") if failed == 2 else RuntimeError("cpu_native.cpp has no such weight")
     return y
 
 
-def _op(x, codes, scales, zeros, table, masks, starts, bias, sizes, numbers) -> Tensor:
-    return _multiply(x, Packed((codes, scales, zeros, table, masks, starts), tuple(sizes), tuple(numbers)), bias)
+def _op(x, codes, scales, zeros, table, masks, starts, bias, sizes, numbers, dtype) -> Tensor:
+    return _multiply(x, Packed((codes, scales, zeros, table, masks, starts), tuple(sizes), tuple(numbers)), bias, dtype)
 
 
 op = ops.define("cpu_native", "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? table, Tensor? masks, Tensor? starts, Tensor? bias, "
-                "int[] sizes, float[] numbers) -> Tensor", lambda x, *rest: x.new_empty(x.shape[0], rest[-2][0]), CPU=_op)  # fmt: skip
+                "int[] sizes, float[] numbers, ScalarType dtype) -> Tensor",
+                lambda x, *rest: x.new_empty(x.shape[0], rest[-3][0], dtype=rest[-1]), CPU=_op)  # fmt: skip
 
 
 def matmul(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     """x [m, in] → [m, out] in x's dtype."""
+    if x.dtype == torch.float16 and not packed.numbers[3]:  # the sum of two bf16 numbers, exactly: 11 bits are 8 and 3
+        high = x.bfloat16()
+        low = (x.float() - high.float()).bfloat16()
+        y = _run(torch.cat([high, low]), packed, None, torch.float32)
+        y = y[: len(x)] + y[len(x) :]
+        return (y if bias is None else y + bias).to(x.dtype)
+    return _run(x, packed, bias, x.dtype)
+
+
+def _run(x: Tensor, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     if torch.compiler.is_compiling():
-        return op(x, *packed.tensors, bias, packed.sizes, packed.numbers)
-    return _multiply(x, packed, bias)
+        return op(x, *packed.tensors, bias, packed.sizes, packed.numbers, dtype)
+    return _multiply(x, packed, bias, dtype)

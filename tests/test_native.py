@@ -37,7 +37,7 @@ def judged(format, x, bias=None, tolerance=1.0):
 def test_every_code_and_shape(bits, levels, asym):
     for i, (out, n, group, m) in enumerate(SHAPES):
         format = make(out, n, bits, group, asym, levels, (FP32, BF16, FP16)[(i + bits) % 3])
-        x, bias = inputs(m, n, BF16), inputs(1, out, (BF16, FP32)[i % 2])[0] if i % 3 else None
+        x, bias = inputs(m, n, (BF16, FP16)[(i + bits) % 2]), inputs(1, out, (BF16, FP32)[i % 2])[0] if i % 3 else None
         assert cpu_native.supports(format, x) is None
         judged(format, x, bias)
         rounded, x = Rounded(format, "int8" if i % 2 else "int4"), inputs(m, n, (FP32, BF16, FP16)[(i + asym) % 3])
@@ -164,7 +164,7 @@ def test_in_a_graph(quick):  # noqa: F811
         seen, x, cache = Rounded(format, how.activations) if how.activations else format, inputs(2, 256, BF16), {}
         packed = cpu_native.prepare(seen)
         for bias in (None, inputs(1, 64, BF16)[0]):
-            torch.library.opcheck(cpu_native.op, (x, *packed.tensors, bias, packed.sizes, packed.numbers))
+            torch.library.opcheck(cpu_native.op, (x, *packed.tensors, bias, packed.sizes, packed.numbers, x.dtype))
         eager = dispatch.matmul(x, format, None, cache, how)
         assert next(v[0].name for k, v in cache.items() if len(k) > 2) == "cpu-native"
         compiled = torch.compile(lambda x, f=format, c=cache, h=how: dispatch.matmul(x, f, None, c, h), fullgraph=True, backend="aot_eager")
