@@ -194,7 +194,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML in which 2:4 is the pattern that it looks like; to YAML 1.1 it is 2 minutes and 4 seconds."""
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: node.value if ":" in node.value else loader.construct_yaml_int(node))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: node.value if ":" in node.value else loader.construct_yaml_int(node))  # type: ignore
 
 
 def healing(settings: list[str] | dict[str, Any]) -> Heal:

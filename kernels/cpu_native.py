@@ -121,54 +121,66 @@ def laid_out(read: Callable[[slice], Tensor], shape: tuple[int, int], blocks: in
     return torch.cat(made)
 
 
+@dataclass
+class Parts:
+    """A format in the kernel's terms, before anything is laid out."""
+
+    kind: int
+    bits: int  # of a code in memory
+    codes: Callable[[slice], Tensor]  # uint8 codes of some rows
+    scales: Tensor  # fp32 [n, groups]
+    zeros: Tensor | None = None  # fp32 [n, groups]
+    table: Tensor | None = None  # [1 or n, 2^bits]
+    alpha: float = 1.0
+    center: float = 0.0  # subtracted from bytes
+    zero: float = 0.0  # zero point of all
+
+
+def _integers(W: IntGroup, rounded: bool) -> Parts:
+    """bf16: c = q less the middle of the grid, so that a symmetric weight has no zero points and sums of others stay small. Rounded inputs: c = q."""
+    middle, zeros, bits = symmetric_zero(W.bits_per_code, W.levels), None if W.zeros is None else W.zero_points(), W.bits_per_code
+    if rounded:
+        return Parts(INTEGERS, {3: 4, 5: 8, 6: 8, 7: 8}.get(bits, bits), W.unpack, W.scales.float(), zeros, zero=middle)
+    zeros = None if zeros is None else zeros - middle
+    if bits > 4:
+        return Parts(BYTE, 8, W.unpack, W.scales.float(), zeros, center=middle)
+    return Parts(SHARED, bits, W.unpack, W.scales.float(), zeros, torch.arange(2**bits)[None] - middle)
+
+
+def _table(W: Lut) -> Parts:
+    scales = torch.ones(W.shape[0], 1) if W.scales is None else W.scales.float()
+    return Parts(SHARED if len(W.table) == 1 else PER_ROW, W.table.shape[1].bit_length() - 1, W.unpack().__getitem__, scales, table=W.table.float())
+
+
+def _floats(W: FloatBlock) -> Parts:
+    if W.name == "fp8":  # read as fp16 its bits are 2^-8 of it
+        return Parts(FP8, 8, W.unpack().__getitem__, W.factors().repeat_interleave(W.block[0], 0)[: W.shape[0]], alpha=256.0)
+    scales, alpha = (W.factors(), 1.0) if W.divisor is None else (W.scales.view(torch.float8_e4m3fn).float(), 1 / float(W.divisor))
+    return Parts(SHARED, 4, W.unpack().__getitem__, scales, table=torch.tensor([[*E2M1, *(-v for v in E2M1)]]), alpha=alpha)
+
+
 def prepare(format: Format | Rounded, dtype: torch.dtype = torch.bfloat16) -> Packed:
     """The layout for `matmul`: the format's bits, 3 bits in 3.2 (4 where activations are rounded), 5 to 7 in 8, sparse ones as bf16 and a bit a weight."""
     grid, leaf = (format.grid, format.inner) if isinstance(format, Rounded) else (None, format)
     (n, k), unit = leaf.shape, 4 if grid else 2
     blocks, block = cut(k, columns(leaf), unit)
-    table = masks = starts = None
-    alpha, center, zero = 1.0, 0.0, 0.0
-    scales, zeros = torch.ones(n, 1), None
+    masks = starts = table = None
     if isinstance(leaf, Masked | Sparse24):
         codes, masks, starts = _kept(leaf, blocks, block)
-        kind, bits, words = SPARSE, 0, masks.shape[2]
+        parts, words = Parts(SPARSE, 0, codes.__getitem__, torch.ones(n, 1)), masks.shape[2]
     else:
-        if isinstance(leaf, IntGroup):
-            bits, scales, read = leaf.bits_per_code, leaf.scales.float(), leaf.unpack
-            center = symmetric_zero(bits, leaf.levels)
-            z = leaf.zero_points()
-            if grid:
-                kind, bits, center, zero = INTEGERS, {3: 4, 5: 8, 6: 8, 7: 8}.get(bits, bits), 0.0, center
-            else:
-                kind, bits, z = (SHARED, bits, z - center) if bits <= 4 else (BYTE, 8, z - center)
-                table = torch.arange(2**bits) - center if bits <= 4 else None
-            zeros = None if leaf.zeros is None else z
-        elif isinstance(leaf, Lut):
-            bits, table, whole = leaf.table.shape[1].bit_length() - 1, leaf.table.float(), leaf.unpack()
-            kind, read = (SHARED if len(table) == 1 else PER_ROW), whole.__getitem__
-            scales = scales if leaf.scales is None else leaf.scales.float()
-        else:
-            assert isinstance(leaf, FloatBlock)
-            kind, bits, read = (FP8, 8, leaf.unpack().__getitem__) if leaf.name == "fp8" else (SHARED, 4, leaf.unpack().__getitem__)
-            table = None if leaf.name == "fp8" else torch.tensor([*E2M1, *(-v for v in E2M1)])
-            alpha = 256.0 if leaf.name == "fp8" else 1.0
-            scales = leaf.factors()
-            if leaf.divisor is not None:
-                scales, alpha = leaf.scales.view(torch.float8_e4m3fn).float(), 1 / float(leaf.divisor)
-            rows = leaf.block[0]
-            scales = scales.repeat_interleave(rows, 0)[:n]
-        codes = laid_out(read, (n, k), blocks, block, bits, 16 if kind in (SHARED, PER_ROW) else 8, unit)
+        parts = _integers(leaf, bool(grid)) if isinstance(leaf, IntGroup) else _table(leaf) if isinstance(leaf, Lut) else _floats(leaf)  # type: ignore[arg-type]
+        codes = laid_out(parts.codes, (n, k), blocks, block, parts.bits, 16 if parts.table is not None else 8, unit)
         words = codes.shape[2]
-    if table is not None and kind == SHARED:
-        table = table.flatten().repeat(32 >> bits)
-    elif table is not None:
-        table = F.pad(table, (0, 0, 0, -n % ROWS))
+    if parts.table is not None:
+        table = parts.table.flatten().repeat(32 >> parts.bits) if parts.kind == SHARED else F.pad(parts.table, (0, 0, 0, -n % ROWS))
+        table = table.bfloat16().contiguous()
     group = torch.arange(blocks) * block // columns(leaf)  # of each block
-    factors = [None if f is None else F.pad(f[:, group], (0, 0, 0, -n % ROWS)).view(-1, ROWS, blocks).mT for f in (scales, zeros)]
+    factors = [None if f is None else F.pad(f[:, group], (0, 0, 0, -n % ROWS)).view(-1, ROWS, blocks).mT for f in (parts.scales, parts.zeros)]
     wide = any(f is not None and not torch.equal(f.bfloat16().float(), f) for f in factors)
     scales, zeros = (None if f is None else f.to(torch.float32 if wide else torch.bfloat16).contiguous() for f in factors)
-    tensors = codes, scales, zeros, None if table is None else table.bfloat16().contiguous(), masks, starts
-    return Packed(tensors, (n, k, blocks, block, words, kind, bits, int(wide)), (alpha, center, zero, LARGEST[grid] if grid else 0.0))
+    return Packed((codes, scales, zeros, table, masks, starts), (n, k, blocks, block, words, parts.kind, parts.bits, int(wide)),
+                  (parts.alpha, parts.center, parts.zero, LARGEST[grid] if grid else 0.0))  # fmt: skip
 
 
 def _kept(format: Masked | Sparse24, blocks: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,8 +190,8 @@ def _kept(format: Masked | Sparse24, blocks: int, block: int) -> tuple[Tensor, T
     keep = lanes[0].bool()
     values = F.pad(lanes[1][keep], (0, ROWS))  # a register is read whole
     starts = F.pad(keep.sum((1, 2, 3, 4)).cumsum(0), (1, 0))[:-1].contiguous()
-    places = torch.ones(32, dtype=torch.int64) << torch.arange(32)
-    return values, (keep.view(*keep.shape[:3], 2, 32) * places).sum(-1).to(torch.int32).contiguous(), starts
+    octets = (keep.view(-1, 8).to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)  # bit i: lane i
+    return values, octets.view(torch.int32).view(*keep.shape[:3], 2), starts
 
 
 def _multiply(x: Tensor, packed: Packed, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
