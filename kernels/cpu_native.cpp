@@ -257,52 +257,70 @@ template <class R> struct Keep {  // operands of a word go into the cache
     template <int J> void each() { at[J][0] = r.template get<J>(0), at[J][1] = r.template get<J>(1); }
 };
 
-template <class D, int M> static void tile(const Weight &w, const Input &in, int64_t block, int64_t token, int64_t at, const __m512i (*weight)[2],
-                                           int64_t length, const uint8_t *ahead, int64_t stride, __m512 (*y)[2]) {
-    typename D::Sum sum[M][2];
+struct Span {  // blocks of columns whose operands are decoded: `count` from `first` on, `length` operands each
+    int64_t first, count, length;
+    const __m512i (*weight)[2];
+    const uint8_t *ahead;  // what is to be fetched meanwhile, `stride` bytes an operand
+    int64_t stride;
+};
+
+template <class D, int M> static void tile(const Weight &w, const Input &in, const Span &span, int64_t token, int64_t panel, __m512 (*y)[2]) {
+    const __m512i (*weight)[2] = span.weight;
+    const uint8_t *ahead = span.ahead;
+    __m512 total[M][2];
 #pragma GCC unroll 12
-    for (int i = 0; i < M; i++) sum[i][0] = sum[i][1] = D::none();
-    const uint8_t *x = in.x + (block * in.m + token) * in.pitch;
-    for (int64_t t = 0; t < length; t++, x += 4, ahead += stride) {
-        _mm_prefetch(ahead, _MM_HINT_T1), _mm_prefetch(ahead + 64, _MM_HINT_T1);
-        __m512i low = _mm512_loadu_si512(weight[t]), high = _mm512_loadu_si512(weight[t] + 1);
+    for (int i = 0; i < M; i++) total[i][0] = y[i][0], total[i][1] = y[i][1];
+    for (int64_t b = span.first; b < span.first + span.count; b++) {
+        typename D::Sum sum[M][2];
 #pragma GCC unroll 12
-        for (int i = 0; i < M; i++) {
-            __m512i v = broadcast(x + i * in.pitch);
-            sum[i][0] = D::dot(sum[i][0], low, v);
-            sum[i][1] = D::dot(sum[i][1], high, v);
+        for (int i = 0; i < M; i++) sum[i][0] = sum[i][1] = D::none();
+        const uint8_t *x = in.x + (b * in.m + token) * in.pitch;
+        for (int64_t t = 0; t < span.length; t++, x += 4, weight++, ahead += span.stride) {
+            _mm_prefetch(ahead, _MM_HINT_T1), _mm_prefetch(ahead + 64, _MM_HINT_T1);
+            __m512i low = _mm512_loadu_si512(weight[0]), high = _mm512_loadu_si512(weight[0] + 1);
+#pragma GCC unroll 12
+            for (int i = 0; i < M; i++) {
+                __m512i v = broadcast(x + i * in.pitch);
+                sum[i][0] = D::dot(sum[i][0], low, v);
+                sum[i][1] = D::dot(sum[i][1], high, v);
+            }
+        }
+        int64_t at = (panel * w.blocks + b) * ROWS;
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            __m512 s = factors(w.scales, w.wide, at + 16 * h);
+#pragma GCC unroll 12
+            for (int i = 0; i < M; i++) total[i][h] = _mm512_fmadd_ps(s, corrected(w, in, b, token + i, at + 16 * h, D::real(sum[i][h])), total[i][h]);
         }
     }
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-        __m512 s = factors(w.scales, w.wide, at + 16 * h);
 #pragma GCC unroll 12
-        for (int i = 0; i < M; i++) y[i][h] = _mm512_fmadd_ps(s, corrected(w, in, block, token + i, at + 16 * h, D::real(sum[i][h])), y[i][h]);
-    }
+    for (int i = 0; i < M; i++) y[i][0] = total[i][0], y[i][1] = total[i][1];
 }
 
 template <class R> static void many(const Weight &w, const Input &in, const Output &out, int64_t first, int64_t tokens, int64_t panel) {
     typedef typename R::Dot D;
-    static void (*const tiles[])(const Weight &, const Input &, int64_t, int64_t, int64_t, const __m512i (*)[2], int64_t, const uint8_t *,
-                                 int64_t, __m512 (*)[2]) = {
+    static void (*const tiles[])(const Weight &, const Input &, const Span &, int64_t, int64_t, __m512 (*)[2]) = {
         0, tile<D, 1>, tile<D, 2>, tile<D, 3>, tile<D, 4>, tile<D, 5>, tile<D, 6>, tile<D, 7>, tile<D, 8>, tile<D, 9>, tile<D, 10>, tile<D, 11>, tile<D, 12>};
     R r(w, panel);
     __m512i weight[OPERANDS][2];
     __m512 y[TOKENS][2];
     for (int64_t i = 0; i < tokens; i++) y[i][0] = y[i][1] = _mm512_setzero_ps();
     const uint8_t *p = w.codes + panel * w.blocks * w.words * R::SIZE;
-    for (int64_t b = 0; b < w.blocks; b++) {
-        const __m512i (*operands)[2] = weight;
-        if (R::PLAIN) operands = (const __m512i (*)[2])p, p += w.words * R::SIZE;  // bytes lie in memory as they are multiplied
+    int64_t length = w.words * R::PER, together = length > 24 ? 1 : OPERANDS / length;  // of short blocks several: their totals stay in registers, of half a tile
+    int64_t most = together > 1 ? TILE / 2 : TILE;
+    for (int64_t b = 0; b < w.blocks; b += together) {
+        int64_t count = w.blocks - b < together ? w.blocks - b : together;
+        Span span = {b, count, length, weight, 0, R::SIZE / R::PER};
+        if (R::PLAIN) span.weight = (const __m512i (*)[2])p, p += count * w.words * R::SIZE;  // bytes lie in memory as they are multiplied
         else
-            for (int64_t t = 0; t < w.words; t++, p += R::SIZE) {
+            for (int64_t t = 0; t < count * w.words; t++, p += R::SIZE) {
                 r.next(p);
                 Keep<R> keep = {r, weight + t * R::PER};
                 Upto<R::PER>::run(keep);
             }
-        for (int64_t i = 0; i < tokens; i += TILE)
-            tiles[tokens - i < TILE ? tokens - i : TILE](w, in, b, first + i, (panel * w.blocks + b) * ROWS, operands, w.words * R::PER, p,
-                                                         i ? 0 : R::SIZE / R::PER, y + i);  // the first tile fetches the codes of the next block
+        span.ahead = p;
+        for (int64_t i = 0; i < tokens; i += most, span.stride = 0)  // the first tile fetches the next codes
+            tiles[tokens - i < most ? tokens - i : most](w, in, span, first + i, panel, y + i);
     }
     for (int64_t i = 0; i < tokens; i++) finish(w, in, out, first + i, panel, y[i][0], y[i][1]);
 }
