@@ -1,8 +1,8 @@
 """C++ for this processor: a file beside this one is compiled once, kept in $COMPRESS_CACHE/native, and called through ctypes.
 
-Nothing of torch is compiled against, so it takes seconds and any C++ compiler; and OpenMP's threads are those that torch has started, because the name of
-its library is loaded already. Where there is no compiler, or the processor lacks an instruction, `library` says so in words and other routes are taken.
-COMPRESS_NATIVE=0 in the environment asks for that.
+Nothing of torch is compiled against, so it takes seconds and any C++ compiler; only its OpenMP is linked, so that the threads are those that torch has started,
+and no second pool of them waits in a loop while these work. Where there is no compiler, or the processor lacks an instruction, `library` says so in words and
+other routes are taken. COMPRESS_NATIVE=0 in the environment asks for that.
 """
 
 import ctypes
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
 
 from . import tune
 
@@ -39,15 +41,17 @@ def library() -> ctypes.CDLL | str:
         return f"this processor has no {', '.join(missing)}"
     if not (compiler := shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
         return "no C++ compiler: c++ and g++ are not on PATH"
-    code = SOURCE.read_bytes()
-    name = hashlib.sha256(code + " ".join([compiler, *FLAGS]).encode()).hexdigest()[:16]
+    packages = Path(torch.__file__).parent
+    openmp = sorted(map(str, [*packages.glob("lib/libgomp*.so*"), *packages.with_name("torch.libs").glob("libgomp*.so*")]))[:1]
+    command = [compiler, *FLAGS, str(SOURCE), "-Wl,--as-needed", *openmp]
+    name = hashlib.sha256(SOURCE.read_bytes() + " ".join(command).encode()).hexdigest()[:16]
     file = tune.table_file().with_name("native") / f"{name}.so"
     try:
         if not file.is_file():
             log.info("compiling %s into %s", SOURCE.name, file)
             file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-                subprocess.run([compiler, *FLAGS, "-o", f"{folder}/new.so", str(SOURCE)], check=True, capture_output=True, text=True)
+                subprocess.run([*command, "-o", f"{folder}/new.so"], check=True, capture_output=True, text=True)
                 os.replace(f"{folder}/new.so", file)
         return ctypes.CDLL(str(file))
     except subprocess.CalledProcessError as error:

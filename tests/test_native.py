@@ -4,6 +4,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +141,14 @@ def test_tokens_and_threads_change_no_bit():
                 assert torch.equal(cpu_native.matmul(x[:1], packed)[0], cpu_native.matmul(x[:3], packed)[0])
     finally:
         torch.set_num_threads(before)
+
+
+@here
+def test_one_pool_of_threads():
+    """A second OpenMP in the process would wait in a loop on the cores that the first one works on."""
+    packed = cpu_native.prepare(make(64, 128, 4, 64))
+    cpu_native.matmul(inputs(4, 128, BF16), packed)
+    assert len({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "gomp" in line}) == 1
 
 
 @here
