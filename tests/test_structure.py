@@ -172,30 +172,36 @@ def test_one_sublayer_left_out(name, tmp_path):
 
 def test_the_dynamic_programme_is_brute_force(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    for length, budget in ((4, 9), (5, 14), (6, 12)):
+    for length, budget, whole in ((4, 9, True), (5, 14, True), (6, 12, True), (4, 2.1, False), (5, 2.6, False), (6, 2.9, False)):
         options = []
         for start in range(length):
             for end in range(start + 1, min(length, start + 2) + 1):
                 for _ in range(3):
-                    cost, value = int(torch.randint(0, 7, (), generator=generator)), float(torch.rand((), generator=generator))
-                    options.append(Option(start, end, (), cost, value))
+                    cost = int(torch.randint(0, 7, (), generator=generator)) if whole else float(torch.rand((), generator=generator))
+                    options.append(Option(start, end, (), cost, float(torch.rand((), generator=generator))))
 
         def brute(at, left, options=options, length=length):
             if at == length:
                 return 0.0
             return max((o.value + brute(o.end, left - o.cost) for o in options if o.start == at and o.cost <= left), default=-float("inf"))
 
-        chosen = best(options, length, budget, budget)
+        chosen = best(options, length, budget)
         assert sum(o.value for o in chosen) == pytest.approx(brute(0, budget)) and sum(o.cost for o in chosen) <= budget
         assert [o.end for o in chosen[:-1]] == [o.start for o in chosen[1:]] and chosen[0].start == 0
-    with pytest.raises(CompressError, match="raise the budget"):
-        best([Option(0, 1, (), 5.0, 0.0)], 1, 4.0, 100)
+    with pytest.raises(CompressError, match="costs 5, the budget is 4; raise the budget"):
+        best([Option(0, 1, (), 5.0, 0.0)], 1, 4.0)
+    for L in (3, 4, 7, 8, 32):  # equal blocks: what fits the budget to the last digit stays
+        options = [Option(i, i + 1, (), 1 / L, 0.0) for i in range(L)] + [Option(i, i + 1, ((i, ""),), 0.0, -1.0) for i in range(L)]
+        for k in range(1, L + 1):
+            assert sum(not o.absent for o in best(options, L, k / L)) == k, (L, k)
     save_tiny("llama", tmp_path / "model")
     report = run(tmp_path / "model", [{"program": {"budget": 0.7}}], tmp_path / "out")
     plan = report.manifest.structure[0]
     assert plan["cost"] <= 0.7 and plan["absent"] and generates_alike(compress.load(str(tmp_path / "out"))) and compress.verify(str(tmp_path / "out")).ok
     whole = Program(budget=1.0, merge=False).measure(Checkpoint(str(tmp_path / "model")), lambda m, windows: Stream(m, TOKENS.tokens))
     assert whole["absent"] == [] and whole["reached"] == 0
+    with pytest.raises(CompressError, match="no block would stay"):
+        run(tmp_path / "model", [{"program": {"budget": 1e-6}}], tmp_path / "no")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])

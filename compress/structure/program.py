@@ -2,11 +2,11 @@
 
     D[e, t] = max over segments [s, e) and their options o with cost c_o ≤ t:   D[s, t − c_o] + I_o          Kim et al., arXiv 2406.12837
 
-LayerMerge's dynamic programme, exact over all ways to cut the L blocks into segments, O(L · span · options · bins). A segment is one block with one of its
-options, a run of up to `span` blocks left out together, or a block and the run behind it merged into that one block, by least squares (merge.py). Runs are
-measured as a whole, for the damage of neighbours does not add up. I = −KL(original ‖ model with that segment's option alone) on a few windows: one pass over
-the blocks measures all (drop.py), one before it solves what is merged. Between segments damages are taken to add up; the KL that was reached in the end is
-on record in the plan.
+LayerMerge's dynamic programme, exact over all ways to cut the L blocks into segments. D[e, ·] is kept as its front, the sums of (cost, value) that no other
+beats in both (knapsack.py), so that costs are never rounded: O(L · span · options · points). A segment is one block with one of its options, a run of up to
+`span` blocks left out together, or a block and the run behind it merged into that one block, by least squares (merge.py). Runs are measured as a whole, for
+the damage of neighbours does not add up. I = −KL(original ‖ model with that segment's option alone) on a few windows: one pass over the blocks measures all
+(drop.py), one before it solves what is merged. Between segments damages are taken to add up; the KL that was reached in the end is on record in the plan.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
+from ..knapsack import SUMS, undominated
 from ..skeleton import KEY
 from .cost import Cost, sublayers
 from .drop import divergences, fewer, without
 from .merge import merges
 from .refit import instead
 from .smaller import Edit, Smaller, blocks_of
+
+TOLERANCE = 1e-9  # of a budget: sums of the same costs in another order differ in their last digits
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,6 @@ class Program:
     span: int = 2  # blocks of the longest run that is measured as a whole
     merge: bool = True  # a block may take over the run behind it, by least squares of its last linear
     samples: int = 16  # calibration windows on which damage is measured; 0: all
-    bins: int = 1000  # steps in which costs are counted, rounded up
     needs_text = True
 
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
@@ -76,8 +78,10 @@ class Program:
             stays = sum(c for k, c in costs[start].items() if k != child) if child else 0.0
             options.append(Option(start, end, tuple(lacks.items()), stays, -damage[start, end, child]))
         whole = sum(sum(c.values()) for c in costs)
-        chosen = best(options, source.num_blocks, self.budget * whole, self.bins)
+        chosen = best(options, source.num_blocks, self.budget * whole)
         lacking = dict(pair for o in chosen for pair in o.absent)
+        if list(lacking.values()).count("") == source.num_blocks:
+            raise CompressError(f"{source.name}: program.budget = {self.budget} of the {self.cost}: no block would stay; raise the budget")
         merged = {o.merged: f"{o.start}-{o.end}" for o in chosen if o.merged}
         reached = divergences(stream, tail, unharmed, without(_merged(source, merged, scratch), stream, lacking, {}))[None] if lacking else 0.0
         return {"absent": [list(pair) for pair in lacking.items()], "merged": merged, "expected": -sum(o.value for o in chosen), "reached": reached,
@@ -105,31 +109,31 @@ def _merged(source: Checkpoint, merged: dict[str, str], scratch) -> Checkpoint:
     return Smaller(source, edits=edits) if edits else source
 
 
-def best(options: Sequence[Option], length: int, budget: float, bins: int) -> list[Option]:
-    """The segments that cover blocks 0 … length − 1 with the largest sum of values at a sum of costs, each rounded up to a bin, within the budget.
+def best(options: Sequence[Option], length: int, budget: float) -> list[Option]:
+    """The segments that cover blocks 0 … length − 1 with the largest sum of values at a sum of costs within the budget.
 
-    Raises CompressError where even the cheapest options cost more.
+    Exact while no front has more than SUMS points; then the best of each of SUMS ranges of cost stay, at what they cost. Raises CompressError where even
+    the cheapest options cost more.
     """
-    D = torch.full((length + 1, bins + 1), -math.inf, dtype=torch.float64)
-    D[0] = 0.0
-    back: list[list[Option | None]] = [[None] * (bins + 1) for _ in range(length + 1)]
-    steps = [math.ceil(o.cost / budget * bins - 1e-9) for o in options]
+    limit = budget * (1 + TOLERANCE)
+    start = torch.zeros(1, dtype=torch.float64)
+    cost, damage, came = [start], [start], [torch.zeros(1, 2, dtype=torch.long)]  # [end] → of every point; came [points, 2]: the last option, the point before
     for end in range(1, length + 1):
-        for o, c in zip(options, steps, strict=True):
-            if o.end == end and c <= bins:
-                candidate = torch.full((bins + 1,), -math.inf, dtype=torch.float64)
-                candidate[c:] = D[o.start, : bins + 1 - c] + o.value
-                better = candidate > D[end]
-                D[end] = torch.where(better, candidate, D[end])
-                for t in better.nonzero().flatten().tolist():
-                    back[end][t] = o
-    if D[length, bins] == -math.inf:
-        raise CompressError(f"program: no choice of segments costs {budget:.4g} or less in steps of {budget / bins:.2g}; raise the budget")
+        last = [(k, o) for k, o in enumerate(options) if o.end == end]
+        total, loss = torch.cat([cost[o.start] + o.cost for _, o in last]), torch.cat([damage[o.start] - o.value for _, o in last])
+        place = torch.cat([torch.stack([torch.full((len(cost[o.start]),), k), torch.arange(len(cost[o.start]))], 1) for k, o in last])
+        within = (total <= limit).nonzero().flatten()
+        keep = within[undominated(total[within], loss[within], SUMS)] if len(within) else within
+        cost, damage, came = [*cost, total[keep]], [*damage, loss[keep]], [*came, place[keep]]
+    if not len(cost[length]):
+        cheapest = [0.0]
+        for end in range(1, length + 1):
+            cheapest.append(min(cheapest[o.start] + o.cost for o in options if o.end == end))
+        raise CompressError(f"program: the cheapest choice of segments costs {cheapest[-1]:.4g}, the budget is {budget:.4g}; raise the budget")
     chosen: list[Option] = []
-    end, t = length, bins
+    end, point = length, len(cost[length]) - 1
     while end:
-        last = back[end][t]
-        assert last is not None
-        chosen.insert(0, last)
-        end, t = last.start, t - steps[options.index(last)]
+        k, point = came[end][point].tolist()
+        chosen.insert(0, options[k])
+        end = options[k].start
     return chosen
