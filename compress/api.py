@@ -166,6 +166,8 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         scratch, structure = Scratch(folder, identity) if chosen.structure else None, list[dict[str, Any]]()
         if scratch:
             structure = _structure(chosen, whole, data, scratch, batch, device, show)
+            fallbacks += [note for found in structure for note in found.pop("notes", [])]
+            strictly(strict, fallbacks)
             source = chosen.viewed(_uniform(uniform, _smaller(chosen, whole, structure, scratch)))
             planned = measure(source, chosen)
         fallbacks += [note for note in source.notes if note not in fallbacks]

@@ -114,7 +114,7 @@ def test_a_programme_counts_flops_and_bytes(tmp_path):
     save_tiny("llama", tmp_path)
     kept = {}
     for cost in ("parameters", "bytes", "flops"):
-        report = run(tmp_path, [{"program": {"budget": 0.7, "cost": cost}}], tmp_path / cost)
+        report = run(tmp_path, [{"program": {"budget": 0.7, "cost": cost, "samples": 4}}], tmp_path / cost)
         kept[cost] = report.manifest.structure[0]["cost"]
     big = tiny_model("llama").config
     big.intermediate_size = 4096

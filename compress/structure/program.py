@@ -54,19 +54,19 @@ class Program:
     cost: Cost = "parameters"  # what is counted: weights, FLOPs, bytes, or seconds of a forward pass measured on this machine (cost.py)
     span: int = 2  # blocks of the longest run that is measured as a whole
     merge: bool = True  # a block may take over the run behind it, by least squares of its last linear
-    samples: int = 16  # calibration windows on which damage is measured; 0: all
+    samples: int = 16  # calibration windows on which damage is measured, 0: all; merges are solved on the others
     needs_text = True
 
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
         """{"absent": [[block, child]], "merged": {weight: "b-e", where blocks b … e − 1 are one}, "expected": sum of the segments' KL, "reached": KL of all
-        together, "cost": share of the whole}."""
+        together, "cost": share of the whole, "notes"}."""
         if not 0 < self.budget <= 1:
             raise CompressError(f"program.budget = {self.budget}: the share of the cost that may stay, above 0 and at most 1")
         stream = enter(source, self.samples)
         costs = [sublayers(source, i, self.cost, stream) for i in range(source.num_blocks)]
         absent = {(i, i + 1, child): {i: child} for i, c in enumerate(costs) for child in c if child}
         absent |= {(i, i + n, ""): dict.fromkeys(range(i, i + n), "") for n in range(1, self.span + 1) for i in range(source.num_blocks - n + 1)}
-        weights, joining, names = merges(source, stream, self.span) if self.merge else ({}, {}, {})
+        weights, joining, names, notes = merges(source, enter(source, 0), len(stream.tokens), self.span) if self.merge else ({}, {}, {}, [])
         if weights:
             scratch.tensors("program", lambda: weights)
         states, tail = without(source, stream, {}, absent, joining), stream.tail()
@@ -85,7 +85,7 @@ class Program:
         merged = {o.merged: f"{o.start}-{o.end}" for o in chosen if o.merged}
         reached = divergences(stream, tail, unharmed, without(_merged(source, merged, scratch), stream, lacking, {}))[None] if lacking else 0.0
         return {"absent": [list(pair) for pair in lacking.items()], "merged": merged, "expected": -sum(o.value for o in chosen), "reached": reached,
-                "cost": sum(o.cost for o in chosen) / whole}  # fmt: skip
+                "cost": sum(o.cost for o in chosen) / whole, "notes": notes}  # fmt: skip
 
     def guess(self, source: Checkpoint) -> dict[str, Any]:
         """Whole blocks from the end until the budget is met: without text, nothing tells which sublayers will go."""
