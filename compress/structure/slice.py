@@ -1,6 +1,6 @@
 """Slice: turn the residual stream into the basis in which it has the least to say in its last directions, and leave these out.
 
-    C = Σ over norms E[x̂ x̂ᵀ],  x̂ = x/rms(x);   C = Q Λ Qᵀ;   readers W ← √(d/k) · W diag(γ) Q_k,   writers W ← Q_kᵀ W,   embeddings E ← E Q_k
+    C = Σ over all norms E[x̂ x̂ᵀ],  x̂ = x/rms(x);   C = Q Λ Qᵀ;   readers W ← √(d/k) · W diag(γ) Q_k,   writers W ← Q_kᵀ W,   embeddings E ← E Q_k
 
 after SliceGPT (Ashkboos et al., arXiv 2401.15024): norm(x Q) = norm(x) Q for orthogonal Q, so turning costs nothing, and Q_k, the first k columns, drops the
 directions of least variance. An RMSNorm of k channels divides by √(k/d) less than the one of d did: readers make up for it. The paper turns every sublayer's
@@ -57,6 +57,9 @@ class Slice:
             stream.at += 1
             for handle in handles:
                 handle.remove()
+        for rows in stream.batches():  # what the final norm reads
+            valid = None if stream.mask is None else stream.mask[rows].flatten().to(stream.device)
+            see(stream.hidden[rows].to(stream.device))
         values, Q = torch.linalg.eigh(C)
         scratch.tensors("slice", lambda: {"Q": Q.flip(1)})
         return {"width": k, "kept": float(values.flip(0)[:k].sum() / values.sum())}
