@@ -43,7 +43,7 @@ from .eval import context as _context
 from .eval import depth as _depth
 from .eval import drift as _drift
 from .eval import tasks as _tasks
-from .experts import fused_experts
+from .experts import fused_experts, spelling
 from .export import Exported, as_floats, can_export
 from .export import write as _export
 from .formats import Format
@@ -187,8 +187,10 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         copy_outer(source, writer, headers)
         resumed = 0
         compressed = [layer for layer in planned.layers if layer.method]
+        plain = bool(chosen.structure) and not compressed and not any(getattr(source.config, KEY, None) or ())
+        names = spelling(source.model) if plain and fused_experts(source.model) else {}  # of a mixture as its checkpoints have it; else one by one
         with progress.Layers(len(compressed), show) as screen, _log(folder, source.path) as log:
-            for done in walk(source, chosen, writer, stream, original, guidance, probe, headers):
+            for done in walk(source, chosen, writer, stream, original, guidance, probe, headers, names):
                 resumed += done.resumed
                 screen.layer(done)
                 log(done)
@@ -199,7 +201,6 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         headers[PROBE.removesuffix(".safetensors")] = writer.commit(PROBE.removesuffix(".safetensors"), {
             "tokens": probe.tokens, "logits": next(probe.logits())[:, -PROBE_KEPT:].float()}, {}, fallbacks)  # fmt: skip
         strictly(strict, [f for h in headers.values() for f in h["fallbacks"]])
-        plain = bool(chosen.structure) and not compressed and not any(getattr(source.config, KEY, None) or ()) and not fused_experts(source.model)
         sizes = artifact.totals(headers, planned.parameters, planned.bytes_before, planned.bytes_after)
         manifest = writer.finish(headers, source.path, source.changes, source.blocks_path, sizes, __version__, plain=plain, structure=structure)
         if scratch:

@@ -94,8 +94,13 @@ def test_a_model_without_a_block_is_the_masked_one_and_plain(name, tmp_path):
     assert close(logits(loaded), without_block(model, 0)) and len(loaded.get_submodule(arch_of(model).blocks)) == 1
     assert generates_alike(loaded) and compress.verify(str(tmp_path / "out")).ok
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert ("quantization_config" in config) == (name in MOE)  # experts are stored one by one, which is not the class's own way
-    assert report.manifest.plain == (name not in MOE)
+    assert "quantization_config" not in config and report.manifest.plain
+    assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), without_block(model, 0))
+    if name in MOE:  # experts by the names of the class's own checkpoints
+        stored = lambda folder: set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
+        (smaller := fewer(Checkpoint(str(tmp_path / "model")), [1])).config.save_pretrained(tmp_path / "own")
+        AutoModelForCausalLM.from_config(smaller.config).save_pretrained(tmp_path / "own", max_shard_size="40KB")
+        assert stored(tmp_path / "out") == stored(tmp_path / "own")
     totals = report.manifest.totals
     assert totals["bytes"] == totals["planned_bytes"] and totals["bytes"] < totals["source_bytes"]
     assert compress.plan(str(tmp_path / "model"), {"name": "s", "structure": [{"drop": {"count": 1, "by": "bottom"}}]}).layers
@@ -323,7 +328,7 @@ def test_cut_is_masked(name, tmp_path):
             assert totals["bytes"] == totals["planned_bytes"] < totals["source_bytes"]
             guessed = compress.plan(str(tmp_path / "model"), {"name": "s", "structure": [{"width": {**fields, "by": "magnitude", "across": across}}]})
             assert guessed.bytes_after == totals["bytes"] and guessed.parameters == totals["parameters"]
-            plain = across == "layer" and not (kind != "mlp" and name in ("gpt2", "gpt_neox", "opt", "falcon", "falcon_40b")) and name not in ("bloom", *MOE)
+            plain = across == "layer" and not (kind != "mlp" and name in ("gpt2", "gpt_neox", "opt", "falcon", "falcon_40b")) and name != "bloom"
             if across == "layer":
                 assert report.manifest.plain == plain, (kind, across)
             if plain:
@@ -341,9 +346,20 @@ def test_fewer_experts(tmp_path):
                 state[f"model.layers.{i}.mlp.{local}"] = state[f"model.layers.{i}.mlp.{local}"][numbers(keep)]
         expected = AutoModelForCausalLM.from_config(config).eval()
         expected.load_state_dict(state)
-        assert close(logits(compress.load(str(tmp_path / f"{name}-out"))), logits(expected)) and all(len(numbers(k)) == 3 for k in kept.values())
-        compress.export(str(tmp_path / f"{name}-out"), "dense", tmp_path / f"{name}-dense")
+        out = tmp_path / f"{name}-out"
+        assert close(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(expected)) and all(len(numbers(k)) == 3 for k in kept.values())
+        assert report.manifest.plain and compress.verify(str(out)).ok
+        whole = {f.name: f.read_bytes() for f in out.iterdir()}
+        (out / "block-00000.safetensors").unlink()  # made again, and the other block read back
+        run(tmp_path / name, [{"width": {"experts": 0.25}}], out)
+        assert {f.name: f.read_bytes() for f in out.iterdir()} == whole
+        compress.export(str(out), "dense", tmp_path / f"{name}-dense")
         assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-dense").eval()), logits(expected))
+    terms = {"steps": 12, "batch": 4, "micro": 4, "every": 4, "warmup": 2, "held_out": 0.3, "lr": 3e-4}
+    healed = compress.heal(str(tmp_path / "mixtral-out"), str(tmp_path / "mixtral"), TOKENS, tmp_path / "healed", options=terms, show=False, device="cpu")
+    before, after = healed.manifest.training["healing"]
+    assert after < before and healed.manifest.plain and compress.verify(str(tmp_path / "healed")).ok
+    assert not close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "healed").eval()), logits(compress.load(str(tmp_path / "mixtral-out"))))
     with pytest.raises(CompressError, match="leaves 1 experts, and 2 are used"):
         run(tmp_path / "mixtral", [{"width": {"experts": 0.75}}], tmp_path / "no")
 
@@ -379,7 +395,7 @@ def test_slice_turns_and_cuts(name, tmp_path):
     for kind, then in {"cut": [], "refitted": ["refit"]}.items():
         report = run(tmp_path / "model", [{"slice": {"share": 0.25}}, *then], tmp_path / kind)
         loaded = compress.load(str(tmp_path / kind))
-        assert loaded.config.hidden_size == 48 and generates_alike(loaded) and report.manifest.plain == (name != "mixtral")
+        assert loaded.config.hidden_size == 48 and generates_alike(loaded) and report.manifest.plain
         assert report.manifest.totals["bytes"] == report.manifest.totals["planned_bytes"] and compress.verify(str(tmp_path / kind)).ok
         with torch.no_grad():
             p, q = (m(TOKENS.tokens, use_cache=False).logits.log_softmax(-1) for m in (model, loaded))

@@ -30,7 +30,7 @@ from .options import Heal
 
 def shard_of(source: Checkpoint, i: int) -> tuple[dict[str, Tensor], dict[str, LayerRecord], dict[str, Format]]:
     """Block i as a shard holds it, the records of its layers, and the format of every linear that can learn, by path."""
-    name, artifact = source.block_name(i), source if isinstance(source, ArtifactCheckpoint) else None
+    name, artifact = source.block_name(i), source if isinstance(source, ArtifactCheckpoint) and not source.manifest.plain else None
     if artifact:
         tensors = {key: source.read_stored(key) for key, t in artifact.manifest.tensors.items() if t.shard == f"block-{i:05d}.safetensors"}
         layers = {path: record for path, record in artifact.manifest.layers.items() if path.startswith(name + ".")}
