@@ -63,6 +63,7 @@ from .restorative import restored
 from .schedule import scheduled
 from .skeleton import KEY
 from .stream import Stream
+from .structure.nest import narrowed
 from .structure.scratch import Scratch, brief
 from .verification import ArtifactCheckpoint, Verification
 from .version import __version__
@@ -369,7 +370,7 @@ def diagnose(model: str, calibration: str | CalibrationSet = "stdlib", *, sample
 
 def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
          memory: Memory = "auto", activations: str | None = None, fuse: bool = False, compile: bool = False,
-         rows: Sequence[int] = (1,), trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
+         rows: Sequence[int] = (1,), width: float | None = None, trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
     """A Hugging Face model from an artifact (or a plain checkpoint), ready for generate().
 
     policy "auto" multiplies by the fastest kernel measured on this machine, "dense" by the dequantized weight in a fixed order.
@@ -378,6 +379,8 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     activations int8, int4 or fp8: what compressed weights multiply is rounded to it, one scale a token (kernels/activations.py).
     fuse: q, k and v, and gate and up (then SiLU(gate) · up), are multiplied as one where their formats are of one kind (architectures of compress/arch.py).
     compile: generate() compiles its decoding step (torch.compile, fullgraph, static cache); `rows` are the batch sizes that will meet it.
+    width: the first share of the neurons of every MLP, of a model that a step `nest` has put in order (structure/nest.py: `narrowed` makes several widths
+    of one model share its memory).
     """
     if activations not in (None, *LARGEST):
         raise CompressError(f"activations {activations!r}: use {', '.join(LARGEST)}")
@@ -394,6 +397,9 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     if bad := sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"]):
         raise CompressError(f"{path}: {len(bad)} tensors are missing or of another shape, {bad[0]} first; `compress verify` tells more")
     model = model.to(_device(device)).eval()
+    if width is not None:
+        _in_order(folder, width)
+        model = narrowed(model, width)
     layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
     dense = sum(m.in_features * m.out_features for m in layers) * model.dtype.itemsize
     if memory == "auto" and model.device.type == "cpu" and psutil.virtual_memory().available > 2 * dense:
@@ -675,9 +681,11 @@ def import_checkpoint(model: str, output: str | Path, *, dtype: str = "auto", ov
 
 
 def extract(model: str, output: str | Path, *, width: float, dtype: str = "auto", overwrite: bool = False, trust_remote_code: bool = False) -> Report:
-    """A submodel of a model whose neurons were put in order by a structural step `nest`: the first `width` of every MLP, as a plain Hugging Face folder."""
-    if not 0 < width < 1:
-        raise CompressError(f"width {width}: the share of the MLP neurons that stays, between 0 and 1")
+    """A submodel of a model whose neurons were put in order by a structural step `nest`: the first `width` of every MLP, as a plain Hugging Face folder.
+
+    Raises CompressError where the neurons are in no order: the first of them would be any.
+    """
+    _in_order(resolve(model), width)
     recipe = {"name": f"extract-{width:g}", "structure": [{"width": {"mlp": 1 - width, "by": "order", "across": "layer"}}]}
     return run(model, recipe, output=output, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code, show=False)
 
@@ -700,6 +708,15 @@ def export(path: str, to: str, output: str | Path, *, base_model: str | None = N
 
 
 # ---- small print
+
+
+def _in_order(folder: Path, width: float) -> None:
+    """Refuses a share that is none, and a model that no step `nest` has put in order. What was cut out of one that is still is in order."""
+    if not 0 < width < 1:
+        raise CompressError(f"width {width}: the share of the MLP neurons that stays, between 0 and 1")
+    steps = read_manifest(folder).run["recipe"].get("structure", []) if (folder / MANIFEST).is_file() else []
+    if not any(step["structure"] == "nest" or step.get("by") == "order" for step in steps):
+        raise CompressError(f"{folder}: its neurons are in no order of importance; `compress run {folder} -r nested` makes a model whose are")
 
 
 def _device(device: str) -> str:

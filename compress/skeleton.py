@@ -165,6 +165,12 @@ def _resize(linear: nn.Module, outputs: int | None = None, inputs: int | None = 
     linear.weight = nn.Parameter(linear.weight.new_empty((n, m) if isinstance(linear, Conv1D) else (m, n)), requires_grad=False)
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.new_empty(m), requires_grad=False)
+    tell_shape(linear)
+
+
+def tell_shape(linear: nn.Module) -> None:
+    """What a linear knows of the shape of its weight, which was replaced."""
+    m, n = shape(linear)
     for name, value in {"out_features": m, "in_features": n, "nf": m, "nx": n}.items():
         if hasattr(linear, name):
             setattr(linear, name, value)

@@ -22,6 +22,7 @@ from compress.stream import Stream
 from compress.structure.drop import Drop, divergences, fewer, without
 from compress.structure.eliminate import eliminate
 from compress.structure.merge import merges
+from compress.structure.nest import narrowed
 from compress.structure.program import Option, Program, best
 from compress.structure.refit import Refit
 from compress.structure.scratch import Scratch
@@ -373,12 +374,31 @@ def test_nested_models_share_their_first_neurons(name, tmp_path):
     compress.extract(str(tmp_path / "nested"), tmp_path / "half", width=0.5)
     run(tmp_path / "model", [{"width": {"mlp": 0.5, "by": "activation", "across": "layer"}}], tmp_path / "cut")
     assert close(logits(compress.load(str(tmp_path / "half"))), logits(compress.load(str(tmp_path / "cut"))))
+    half_size = sum(p.numel() for p in compress.load(str(tmp_path / "half")).parameters())
     half = next(t for n, t in compress.load(str(tmp_path / "half")).state_dict().items() if "down_proj" in n or "mlp.c_proj" in n)
     whole = next(t for n, t in nested.state_dict().items() if "down_proj" in n or "mlp.c_proj" in n)
     assert torch.equal(half, whole[:64] if name == "gpt2" else whole[:, :64])
+    if name == "phi3":
+        with pytest.raises(CompressError, match="gate and up in one matrix"):
+            narrowed(nested, 0.5)
+    else:  # one copy in memory serves both, and they say what the extracted ones say
+        small, loaded = narrowed(nested, 0.5), compress.load(str(tmp_path / "nested"), width=0.5)
+        assert {p.data_ptr() for p in small.parameters()} <= {p.data_ptr() for p in nested.parameters()}
+        assert {id(b) for b in small.buffers()} == {id(b) for b in nested.buffers()} and sum(p.numel() for p in small.parameters()) == half_size
+        for m in (small, loaded):
+            assert close(logits(m), logits(compress.load(str(tmp_path / "half")))) and generates_alike(m)
+        small.save_pretrained(tmp_path / "saved")
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()), logits(small))
+        assert close(logits(nested), logits(model))
     assert numbers(spans([0, 1, 2, 5, 7, 8])) == [0, 1, 2, 5, 7, 8] and spans([0, 1, 2, 5]) == "0-2 5"
     with pytest.raises(CompressError, match="the share of the MLP neurons that stays"):
         compress.extract(str(tmp_path / "nested"), tmp_path / "no", width=1.5)
+    compress.extract(str(tmp_path / "half"), tmp_path / "quarter", width=0.5)  # what was cut out of it still is in order
+    for unordered in ("model", "cut"):
+        with pytest.raises(CompressError, match="in no order of importance"):
+            compress.extract(str(tmp_path / unordered), tmp_path / "no", width=0.5)
+        with pytest.raises(CompressError, match="in no order of importance"):
+            compress.load(str(tmp_path / unordered), width=0.5)
 
 
 # ---- channels
@@ -391,6 +411,10 @@ def test_slice_turns_and_cuts(name, tmp_path):
     turned = compress.load(str(tmp_path / "turned"))
     assert close(logits(turned), logits(model), 1e-4)
     assert not torch.equal(turned.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].self_attn.o_proj.weight)
+    if name == "llama":
+        with pytest.raises(CompressError, match="is 48 wide"):
+            run(tmp_path / "model", [{"slice": {"share": 0.25}}], tmp_path / "narrow")
+            compress.heal(str(tmp_path / "narrow"), str(tmp_path / "model"), TOKENS, tmp_path / "no", options={"hidden": 0.1, "batch": 4}, device="cpu")
     kl = {}
     for kind, then in {"cut": [], "refitted": ["refit"]}.items():
         report = run(tmp_path / "model", [{"slice": {"share": 0.25}}, *then], tmp_path / kind)

@@ -22,6 +22,7 @@ from ..errors import CompressError
 from ..skeleton import KEY, heads
 
 Edit = Callable[[Tensor], Tensor]
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configurations call the neurons of an MLP
 
 
 class Smaller(Checkpoint):
@@ -100,7 +101,7 @@ def narrower(source: Checkpoint, blocks: list[dict[str, Any]], edits: dict[str, 
     known, changes = source.config.to_dict(), {}
     raw = lambda *names: next((n for n in (source.config.attribute_map.get(n, n) for n in names) if n in known), "")
     if "mlp" in said:
-        changes[raw("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")] = said["mlp"][0]
+        changes[raw(*WIDTHS)] = said["mlp"][0]
     if "heads" in said:
         i = next(i for i, fields in enumerate(merged) if "heads" in fields)
         arch = table_entry(source.model)
