@@ -172,6 +172,17 @@ def test_one_sublayer_left_out(name, tmp_path):
             expected = logits(model)
         loaded = compress.load(str(tmp_path / what))
         assert close(logits(loaded), expected) and generates_alike(loaded) and compress.verify(str(tmp_path / what)).ok
+    # in two steps as in one: what is absent is not chosen again
+    four = save_tiny(name, tmp_path / "four", dtype=torch.float32) if name == "llama" else None
+    if four is not None:
+        four.config.num_hidden_layers = 4
+        AutoModelForCausalLM.from_config(four.config).save_pretrained(tmp_path / "four")
+        for by in ("greedy", "top", "bottom", "alternate", "symmetric"):
+            step = {"drop": {"count": 1, "by": by, "what": "attention"}}
+            plans = run(tmp_path / "four", [step, step], tmp_path / by).manifest.structure
+            assert plans[0]["left_out"] != plans[1]["left_out"], by
+            config = json.loads((tmp_path / by / "config.json").read_text())[KEY]
+            assert sum("without" in fields for fields in config) == 2
     with pytest.raises(CompressError, match=r"cannot say \{'without'"):
         run(tmp_path / "model", [{"drop": {"count": 1, "by": "bottom", "what": "mlp"}}], tmp_path / "no", uniform=True)
 
@@ -536,7 +547,11 @@ def test_errors_are_one_line(tmp_path):
     for name in ("llama", "bloom", "falcon", "mixtral"):
         save_tiny(name, tmp_path / name)
     for name, structure, told in (
-            ("llama", [{"drop": {"count": 2}}], "2 of 2 blocks cannot be left out"), ("llama", ["refit"], "nothing was left out"),
+            ("llama", [{"drop": {"count": 2}}], "2 of 2 blocks cannot be left out"),
+            ("llama", ["drop"], r"drop\.count = 0\.25 of 2 blocks comes to none"), ("llama", [{"drop": {"count": 1.5}}], r"drop\.count = 1\.5: a whole number"),
+            ("llama", [{"fuse": {"count": 0.2}}], r"fuse\.count = 0\.2 of 2 blocks comes to none"), ("llama", [{"fuse": {"count": 2}}], "fuse: 2 of 2 blocks"),
+            ("llama", [{"drop": {"what": "mlp", "blocks": [0]}}] * 2, "block 0 has no mlp left"),
+            ("llama", [{"drop": {"what": "mlp", "count": 1, "by": "top"}}] * 2, "1 of 1 mlps cannot be left out"), ("llama", ["refit"], "nothing was left out"),
             ("bloom", [{"width": {"groups": 0.5}}], "ALiBi gives every head"), ("falcon", [{"width": {"groups": 0.5}}], "share one key-value group"),
             ("mixtral", [{"width": {"mlp": 0.5}}], "no block of mixtral has a dense MLP"), ("llama", [{"width": {"experts": 0.5}}], "no routed experts"),
             ("llama", [{"width": {"mlp": 1.5}}], "a share to cut"), ("llama", ["dorp"], "unknown structural step 'dorp', did you mean drop"),
