@@ -217,6 +217,16 @@ def test_the_dynamic_programme_is_brute_force(tmp_path):
     assert plan["cost"] <= 0.7 and plan["absent"] and generates_alike(compress.load(str(tmp_path / "out"))) and compress.verify(str(tmp_path / "out")).ok
     whole = Program(budget=1.0, merge=False).measure(Checkpoint(str(tmp_path / "model")), lambda m, windows: Stream(m, TOKENS.tokens))
     assert whole["absent"] == [] and whole["reached"] == 0
+    plain = run(tmp_path / "model", [{"program": {"budget": 0.7}}], tmp_path / "plain", uniform=True).manifest
+    assert plain.plain and [child for _, child in plain.structure[0]["absent"]] == [""] and plan["absent"] != plain.structure[0]["absent"]
+    for name, told in (("bloom", "attention of bloom adds to the stream itself"), ("opt", "opt has no mlp as a module of its own")):
+        save_tiny(name, tmp_path / name)
+        blocks = run(tmp_path / name, [{"program": {"budget": 0.7, "merge": False}}], tmp_path / f"{name}-out").manifest
+        assert blocks.plain and len(blocks.structure[0]["absent"]) == 1
+        assert [f.what for f in blocks.fallbacks] == ["no sublayer can go alone"] and told in blocks.fallbacks[0].detail
+    silent = {"drop": {"what": "attention", "blocks": [0]}}  # what is absent is not left out again
+    plans = run(tmp_path / "model", [silent, {"program": {"budget": 0.7}}], tmp_path / "two").manifest.structure
+    assert [0, "self_attn"] not in plans[1]["absent"] and plans[1]["cost"] <= 0.7
     with pytest.raises(CompressError, match="no block would stay"):
         run(tmp_path / "model", [{"program": {"budget": 1e-6}}], tmp_path / "no")
 

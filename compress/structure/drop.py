@@ -159,9 +159,9 @@ def sublayer(source: Checkpoint, i: int, what: str) -> str:
     child = reader.partition(".")[0]
     module = dict(block.named_children()).get(child)
     if module is None or "." not in reader:
-        raise CompressError(f"{source.name}: drop: {source.config.model_type} has no {what} as a module of its own; leave out whole blocks")
+        raise CompressError(f"{source.name}: {source.config.model_type} has no {what} as a module of its own; leave out whole blocks")
     if "residual" in inspect.signature(module.forward).parameters:
-        raise CompressError(f"{source.name}: drop: the {what} of {source.config.model_type} adds to the stream itself; leave out whole blocks")
+        raise CompressError(f"{source.name}: the {what} of {source.config.model_type} adds to the stream itself; leave out whole blocks")
     return child
 
 

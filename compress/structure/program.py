@@ -23,10 +23,11 @@ from ..checkpoint import Checkpoint
 from ..errors import CompressError
 from ..knapsack import SUMS, undominated
 from ..skeleton import KEY
-from .cost import Cost, sublayers
-from .drop import divergences, fewer, without
+from .cost import Cost, clocked, sublayers
+from .drop import divergences, fewer, sublayer, without
 from .merge import merges
 from .refit import instead
+from .scratch import note
 from .smaller import Edit, Smaller, blocks_of
 
 TOLERANCE = 1e-9  # of a budget: sums of the same costs in another order differ in their last digits
@@ -53,20 +54,22 @@ class Program:
     budget: float = 0.75  # share of the blocks' cost that may stay
     cost: Cost = "parameters"  # what is counted: weights, FLOPs, bytes, or seconds of a forward pass measured on this machine (cost.py)
     span: int = 2  # blocks of the longest run that is measured as a whole
+    sublayers: bool = True  # an attention or an MLP may go alone (such a model loads through this package); --uniform: no
     merge: bool = True  # a block may take over the run behind it, by least squares of its last linear
     samples: int = 16  # calibration windows on which damage is measured, 0: all; merges are solved on the others
     needs_text = True
 
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
         """{"absent": [[block, child]], "merged": {weight: "b-e", where blocks b … e − 1 are one}, "expected": sum of the segments' KL, "reached": KL of all
-        together, "cost": share of the whole, "notes"}."""
+        together, "cost": share of the whole, "notes", of a latency also "seconds": what was measured, predicted, and measured again}."""
         if not 0 < self.budget <= 1:
             raise CompressError(f"program.budget = {self.budget}: the share of the cost that may stay, above 0 and at most 1")
         stream = enter(source, self.samples)
-        costs = [sublayers(source, i, self.cost, stream) for i in range(source.num_blocks)]
+        children, notes = self._children(source)
+        costs = [sublayers(source, i, self.cost, stream, there) for i, there in enumerate(children)]
         absent = {(i, i + 1, child): {i: child} for i, c in enumerate(costs) for child in c if child}
         absent |= {(i, i + n, ""): dict.fromkeys(range(i, i + n), "") for n in range(1, self.span + 1) for i in range(source.num_blocks - n + 1)}
-        weights, joining, names, notes = merges(source, enter(source, 0), len(stream.tokens), self.span) if self.merge else ({}, {}, {}, [])
+        weights, joining, names, unmerged = merges(source, enter(source, 0), len(stream.tokens), self.span) if self.merge else ({}, {}, {}, [])
         if weights:
             scratch.tensors("program", lambda: weights)
         states, tail = without(source, stream, {}, absent, joining), stream.tail()
@@ -84,8 +87,25 @@ class Program:
             raise CompressError(f"{source.name}: program.budget = {self.budget} of the {self.cost}: no block would stay; raise the budget")
         merged = {o.merged: f"{o.start}-{o.end}" for o in chosen if o.merged}
         reached = divergences(stream, tail, unharmed, without(_merged(source, merged, scratch), stream, lacking, {}))[None] if lacking else 0.0
-        return {"absent": [list(pair) for pair in lacking.items()], "merged": merged, "expected": -sum(o.value for o in chosen), "reached": reached,
-                "cost": sum(o.cost for o in chosen) / whole, "notes": notes}  # fmt: skip
+        plan = {"absent": [list(pair) for pair in lacking.items()], "merged": merged, "expected": -sum(o.value for o in chosen), "reached": reached,
+                "cost": sum(o.cost for o in chosen) / whole, "notes": notes + unmerged}  # fmt: skip
+        if self.cost == "latency":
+            smaller = self.apply(source, plan, scratch)
+            plan["seconds"] = {"blocks": costs, "whole": whole, "predicted": sum(o.cost for o in chosen),
+                               "timed": clocked(smaller, enter(smaller, self.samples))}  # fmt: skip
+        return plan
+
+    def _children(self, source: Checkpoint) -> tuple[list[dict[str, str]], list[dict[str, Any]]]:
+        """{"attention": child, "mlp": child} of every block, those that are there and may go alone; and notes."""
+        if not self.sublayers:
+            return [{} for _ in range(source.num_blocks)], []
+        try:
+            found = [{what: sublayer(source, i, what) for what in ("attention", "mlp")} for i in range(source.num_blocks)]
+        except CompressError as error:
+            told = str(error).removeprefix(f"{source.name}: ").partition(";")[0]
+            return [{} for _ in range(source.num_blocks)], [note("no sublayer can go alone", source.blocks_path, told)]
+        return [{what: child for what, child in each.items() if child not in fields.get("without", ())}
+                for each, fields in zip(found, blocks_of(source), strict=True)], []  # fmt: skip
 
     def guess(self, source: Checkpoint) -> dict[str, Any]:
         """Whole blocks from the end until the budget is met: without text, nothing tells which sublayers will go."""
