@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import compress
 from compress.arch import arch_of
 from compress.calibration.data import CalibrationSet
+from compress.calibration.statistics import Stats
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.recipe import load
@@ -510,6 +512,32 @@ def test_a_constant_neuron_costs_nothing_with_its_bias(tmp_path):
     model.save_pretrained(tmp_path)
     run(tmp_path, [{"width": {"mlp": 0.6875, "by": "flap", "skip": [0]}}, {"refit": {"what": "bias"}}], tmp_path.with_name("b"))
     assert close(logits(compress.load(str(tmp_path.with_name("b")))), logits(model), 1e-4)
+
+
+def test_refit_behind_two_turns_of_the_stream_and_what_it_cannot_solve(tmp_path, monkeypatch):
+    model = save_tiny("llama", tmp_path / "model", dtype=torch.float32)
+    twice, kl = [{"slice": {"share": 0.125}}, {"slice": {"share": 0.15}}], {}
+    for kind, then in {"cut": [], "refitted": ["refit"]}.items():
+        report = run(tmp_path / "model", [*twice, *then], tmp_path / kind)
+        with torch.no_grad():
+            p, q = (m(TOKENS.tokens, use_cache=False).logits.log_softmax(-1) for m in (model, compress.load(str(tmp_path / kind))))
+        kl[kind] = float((p.exp() * (p - q)).sum(-1).mean())
+    assert kl["refitted"] < kl["cut"] and len(report.manifest.structure[2]["tensors"]) == 4 and not report.fallbacks
+    assert compress.load(str(tmp_path / kind)).config.hidden_size == 48
+    factor = Stats.factor
+    with monkeypatch.context() as m:
+        m.setattr(Stats, "factor", lambda self, *args: replace(factor(self, *args), failed=self.hessian.shape[0] != 64))  # o_proj reads 64, down_proj fewer
+        report = run(tmp_path / "model", [{"width": {"mlp": 0.25, "by": "magnitude"}}, "refit"], tmp_path / "half")
+        assert sorted(report.manifest.structure[1]["tensors"]) == [f"model.layers.{i}.self_attn.o_proj.weight" for i in (0, 1)]
+        assert [(f.what, f.where) for f in report.fallbacks] == [("not refitted", f"model.layers.{i}.mlp.down_proj") for i in (0, 1)]
+    with monkeypatch.context() as m, pytest.raises(CompressError, match="refit: nothing could be solved"):
+        m.setattr(Stats, "factor", lambda self, *args: replace(factor(self, *args), failed=True))
+        run(tmp_path / "model", [{"width": {"mlp": 0.25, "by": "magnitude"}}, "refit"], tmp_path / "none")
+    few = CalibrationSet(tokens=TOKENS.tokens[:1, :4], mask=None, words=4, record={"source": "test"})  # too few for every expert to see one
+    save_tiny("mixtral", tmp_path / "mixtral")
+    recipe = {"name": "s", "structure": [{"width": {"neurons": 0.5, "by": "magnitude"}}, "refit"]}
+    report = compress.run(str(tmp_path / "mixtral"), recipe, few, tmp_path / "few", show=False, device="cpu")
+    assert any("experts" in f.where and f.detail == "0 tokens were routed to it" for f in report.fallbacks)
 
 
 # ---- recipes, resume, errors

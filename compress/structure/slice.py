@@ -98,7 +98,8 @@ class Slice:
         arch = table_entry(source.model)
         attention = heads(arch, source.model.get_submodule(source.block_name(0))) if arch else None
         view = Smaller(source, changes={raw: k} | ({"head_dim": attention.dim} if attention else {}), edits=edits)
-        view.basis = basis
+        turned = source.basis if isinstance(source, Smaller) else None  # by an earlier step: from the whole model's channels to those of `source`
+        view.basis = basis if turned is None else (lambda: turned().double() @ basis())
         odd = [n for n, t in view.model.state_dict().items() if t.numel() == source.model.state_dict()[n].numel() and n in edits]
         odd += [n for n, t in view.model.state_dict().items() if t.shape != source.model.state_dict()[n].shape and n not in edits and n in source.groups]
         if odd and k < d:
