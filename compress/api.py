@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -261,7 +262,8 @@ def heal(path: str, teacher: str, data: str | CalibrationSet = "stdlib", output:
     started = time.perf_counter()
     chosen = options if isinstance(options, Heal) else _recipe.healing(options or {})
     device = _device(device)
-    processes = PartialState(cpu=torch.device(device).type == "cpu")
+    # the first process may take hours with the teacher, for which the others wait: NCCL would give up after ten minutes
+    processes = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=1))
     device = f"cuda:{processes.local_process_index}" if device == "cuda" and processes.num_processes > 1 else device
     source, original = (_opened(m, dtype, device, trust_remote_code) for m in (path, teacher))
     if (a := _vocabulary(source)) != (b := _vocabulary(original)):
