@@ -16,11 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..arch import table_entry
 from ..artifact import Writer
 from ..calibration.data import CalibrationSet
 from ..calibration.hidden import allocate
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
+from ..skeleton import heads, shape
 from ..stream import Stream
 from ..walk import sites_of
 from .losses import likeliest
@@ -61,8 +63,10 @@ def remember(teacher: Checkpoint, writer: Writer, lessons: Lessons, data: Calibr
     for i in range(teacher.num_blocks):
         block = teacher.load_block(i, device)
         if relation and i == teacher.num_blocks - 1:
-            for path in sites_of(teacher, block, stream)[0].linears:  # what reads the attention's input: queries, keys, values, or all in one
-                block.get_submodule(path).register_forward_hook(lambda module, args, y, key=f"relation.{path}": heard.setdefault(key, []).append(y.cpu()))
+            for path in attending(teacher, i) or sites_of(teacher, block, stream)[0].linears:
+                for part, rows in parts(teacher, i, path).items():
+                    hear = lambda module, args, y, key=f"relation.{path}{part}", rows=rows: heard.setdefault(key, []).append(y[..., rows].cpu())
+                    block.get_submodule(path).register_forward_hook(hear)
         stream.advance(block)
         if i in layers:
             kept[f"hidden.{i}"] = allocate(tuple(stream.hidden.shape), stream.hidden.dtype, writer.folder.parent).copy_(stream.hidden)
@@ -75,6 +79,22 @@ def remember(teacher: Checkpoint, writer: Writer, lessons: Lessons, data: Calibr
                 ids, log_p = likeliest(tail(stream.hidden[rows].to(device)), top_k)
             here = {"ids": ids, "log_p": log_p} | ({"state": read["state"].contiguous()} if states else {})
             writer.commit(shard, here | {key: t[rows].contiguous() for key, t in kept.items()}, {}, [])
+
+
+def attending(source: Checkpoint, i: int) -> tuple[str, ...]:
+    """The linears of block i that make queries, keys and values, three or one; none where the table does not know them."""
+    arch = table_entry(source.model)
+    found = arch and heads(arch, source.model.get_submodule(source.block_name(i)))
+    return found.makers if found else ()
+
+
+def parts(source: Checkpoint, i: int, path: str) -> dict[str, Tensor | slice]:
+    """{"": all}, or of a linear that makes all in one {":queries", ":keys", ":values"}: which of its outputs. A head of MiniLM's must not lie across two."""
+    arch = table_entry(source.model)
+    found = arch and heads(arch, block := source.model.get_submodule(source.block_name(i)))
+    if not found or path not in found.makers:
+        return {"": slice(None)}
+    return {part and f":{part}": rows for part, rows in found.parts(shape(block.get_submodule(path))[0]).items()}
 
 
 def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: str) -> list[int]:
