@@ -763,7 +763,7 @@ def _smaller(recipe: _recipe.Recipe, source: Checkpoint, plans: list[dict[str, A
 def _evenly(uniform: bool, recipe: _recipe.Recipe) -> _recipe.Recipe:
     """`uniform`: the width steps of a recipe take the same share of every layer, a programme leaves out blocks and no part of one."""
     has = lambda step: any(e == step or step in e for e in recipe.structure)
-    wanted = {"width.across": "layer"} if has("width") else {}
+    wanted: dict[str, Any] = {"width.across": "layer"} if has("width") else {}
     wanted |= {"program.sublayers": False} if has("program") else {}
     return recipe.with_options(wanted) if uniform and wanted else recipe
 

@@ -16,8 +16,9 @@ from compress.errors import CompressError
 from compress.eval.bench.structure import ROWS
 from compress.formats import Dense
 from compress.healing.adapters import Frozen, LowRank, Merged
+from compress.skeleton import Neurons
 from compress.stream import Stream
-from compress.structure import program, width
+from compress.structure import loraprune, program, width
 from compress.structure.cost import sublayers, units
 from compress.structure.fuse import macro
 from compress.structure.importance import scores
@@ -207,6 +208,24 @@ def test_the_gradient_that_adapters_stand_for():
     expected = (V.grad * V.detach()).abs()
     expected[:, 6:] = 0  # directions that A has not
     torch.testing.assert_close(LoRAPrune._each(a), expected / expected.sum())
+
+
+def test_the_schedule_is_cubic_and_scores_are_moving_averages(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path, dtype=torch.float32)
+    source, rising = Checkpoint(str(tmp_path)), torch.arange(128, dtype=torch.float64)
+    for progress, left in ((-0.125, 128), (0.0, 128), (0.5, 128 - 0.875 * 64), (1.0, 64), (1.125, 64)):  # of the steps between a tenth and nine tenths
+        kept = LoRAPrune(mlp=0.5, multiple=1)._kept(source, {(i, "mlp"): rising for i in (0, 1)}, progress)
+        assert all(units.tolist() == list(range(128 - int(left), 128)) for units in kept.values()) and len(kept) == (2 if left < 128 else 0)
+    for second, first_half in ((-8.0, False), (-10.0, True)):  # 0.9 rising + 0.1 · second · rising: rising still for −8, falling for −10
+        calls = []
+
+        def gathered(c, each, second=second, calls=calls):
+            calls.append(None)
+            return torch.arange(128 if isinstance(c, Neurons) else c.heads, dtype=torch.float64) * (1.0 if len(calls) <= 4 else second)  # 2 blocks, 2 kinds
+
+        monkeypatch.setattr(loraprune, "gathered", gathered)
+        made = LoRAPrune(mlp=0.5, steps=2, every=2, batch=2)._train(source, enter(source, 0))
+        assert made["kept.mlp.1"].tolist() == (list(range(64)) if first_half else list(range(64, 128))) and len(calls) == 8
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])

@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -328,6 +330,24 @@ def test_elimination_descends_to_heads_and_neurons(tmp_path):
             run(tmp_path / "model", [{"width": {"cut": [bad]}}], tmp_path / "no")
 
 
+def test_plain_models_need_nothing_of_ours(tmp_path):
+    """In a process that never imports compress."""
+    expected = {}
+    for name, kind, structure in (("llama", "drop", [{"drop": {"count": 1, "by": "top"}}]), ("llama", "slice", [{"slice": {"share": 0.25}}, "refit"]),
+                                  ("gpt2", "width", [{"width": {"mlp": 0.25, "by": "magnitude", "across": "layer"}}]),
+                                  ("mixtral", "experts", [{"drop": {"count": 1, "by": "top"}}])):  # fmt: skip
+        save_tiny(name, tmp_path / name, dtype=torch.float32)
+        run(tmp_path / name, structure, tmp_path / kind)
+        expected[kind] = logits(compress.load(str(tmp_path / kind)))
+    code = ("import sys, torch; from transformers import AutoModelForCausalLM\n"
+            "for kind in sys.argv[1:]:\n"
+            "    with torch.no_grad(): torch.save(AutoModelForCausalLM.from_pretrained(kind)(torch.load('ids')).logits, kind + '.logits')\n"
+            "assert 'compress' not in sys.modules")  # fmt: skip
+    torch.save(IDS, tmp_path / "ids")
+    subprocess.run([sys.executable, "-c", code, *expected], cwd=tmp_path, check=True, capture_output=True)
+    assert all(torch.equal(torch.load(tmp_path / f"{kind}.logits"), y) for kind, y in expected.items())
+
+
 # ---- width
 
 
@@ -595,6 +615,12 @@ def test_errors_are_one_line(tmp_path):
             ("llama", [{"width": {"mlp": 1.5}}], "a share to cut"), ("llama", ["dorp"], "unknown structural step 'dorp', did you mean drop"),
             ("llama", [{"drop": {"by": "contribution", "what": "mlp", "count": 1}}], "looks at whole blocks"),
             ("bloom", [{"drop": {"count": 1, "what": "mlp", "by": "top"}}], "adds to the stream itself"),
+            ("llama", [{"loraprune": {"steps": 0}}], "loraprune: steps 0 is below 1"), ("llama", [{"loraprune": {"every": 0}}], "every 0 is below 1"),
+            ("llama", [{"loraprune": {"batch": 0}}], "batch 0 is below 1"), ("llama", [{"loraprune": {"skip": [-3]}}], r"skip: -3 is no block of 0 … 1"),
+            ("llama", [{"fuse": {"window": 1}}], "fuse: window 1 is below 2"), ("llama", [{"fuse": {"rank": 0}}], "rank 0 is below 1"),
+            ("llama", [{"width": {"mlp": 0.2, "multiple": 0}}], "multiple 0 is below 1"), ("llama", [{"slice": {"multiple": 0}}], "multiple 0 is below 1"),
+            ("llama", [{"program": {"span": 0}}], "span 0 is below 1"), ("llama", [{"program": {"budget": 0}}], "the share of the cost that may stay"),
+            ("llama", [{"width": {"mlp": 0.2, "skip": [9]}}], r"width\.skip: 9 is no block of 0 … 1"), ("llama", [{"drop": {"count": -1}}], "is below 0"),
             ("llama", [], "steps: required, at least one")):  # fmt: skip
         with pytest.raises(CompressError, match=told):
             run(tmp_path / name, structure, tmp_path / "out", overwrite=True)

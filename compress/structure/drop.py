@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..arch import table_entry
 from ..checkpoint import Checkpoint
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..eval.compare import divergence
 from ..skeleton import KEY
 from ..stream import Stream
@@ -41,6 +41,9 @@ class Drop:
     what: Literal["block", "attention", "mlp"] = "block"  # a block, or one sublayer (such a model loads through this package)
     blocks: tuple[int, ...] = ()  # these and no others, whatever `count` and `by` say
     samples: int = 32  # calibration windows that greedy looks at; 0: all
+
+    def __post_init__(self):
+        at_least(self, count=0, samples=0)
 
     @property
     def needs_text(self) -> bool:

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arch import LINEARS, routers
 from ..checkpoint import Checkpoint
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..healing.adapters import LowRank
 from ..healing.losses import distance
 from ..stream import Stream
@@ -59,6 +59,9 @@ class Fuse:
     lr: float = 1e-3  # Adam's for the coefficients; a tenth of it for the changes
     samples: int = 32  # calibration windows on which influence is measured; 0: all
     needs_text = True
+
+    def __post_init__(self):
+        at_least(self, count=0, window=2, rank=1, steps=0, lr=0, samples=0)
 
     def guess(self, source: Checkpoint) -> dict[str, Any]:
         L, n = source.num_blocks, how_many(source, "fuse", self.count, source.num_blocks, "block")

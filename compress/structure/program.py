@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import Checkpoint
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..knapsack import SUMS, undominated
 from ..skeleton import KEY
 from .cost import Cost, clocked, sublayers
@@ -59,11 +59,14 @@ class Program:
     samples: int = 16  # calibration windows on which damage is measured, 0: all; merges are solved on the others
     needs_text = True
 
+    def __post_init__(self):
+        at_least(self, span=1, samples=0)
+        if not 0 < self.budget <= 1:
+            raise CompressError(f"program.budget = {self.budget}: the share of the cost that may stay, above 0 and at most 1")
+
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
         """{"absent": [[block, child]], "merged": {weight: "b-e", where blocks b … e − 1 are one}, "expected": sum of the segments' KL, "reached": KL of all
         together, "cost": share of the whole, "notes", of a latency also "seconds": what was measured, predicted, and measured again}."""
-        if not 0 < self.budget <= 1:
-            raise CompressError(f"program.budget = {self.budget}: the share of the cost that may stay, above 0 and at most 1")
         stream = enter(source, self.samples)
         children, notes = self._children(source)
         costs = [sublayers(source, i, self.cost, stream, there) for i, there in enumerate(children)]

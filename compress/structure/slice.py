@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..arch import table_entry
 from ..checkpoint import Checkpoint, _tied
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..skeleton import heads
 from ..views import Edit, Linear, _add, _along, _fold, _only_linears, _outer, _outputs, nature, parts
 from .smaller import Smaller
@@ -33,6 +33,9 @@ class Slice:
     share: float = 0.25  # of the channels to cut
     multiple: int = 8  # the channels left are a multiple of it, and of the number of heads
     needs_text = True
+
+    def __post_init__(self):
+        at_least(self, share=0, multiple=1)
 
     def measure(self, source: Checkpoint, enter, scratch) -> dict[str, Any]:
         """{"width": channels left, "kept": their share of the variance}; Q lies in the scratch."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..arch import Arch, table_entry
 from ..checkpoint import Checkpoint
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..skeleton import Heads, Neurons, heads, neurons, shape
 from ..stream import Stream
 from .cost import Cost, clocked, units
@@ -46,6 +46,7 @@ class Width:
     cut: tuple[str, ...] = ()  # these neurons and query heads and no others, whatever the shares say: ["3.mlp 0-127", "5.heads 2 3"]
 
     def __post_init__(self):
+        at_least(self, multiple=1)
         for name in ("mlp", "groups", "queries", "experts", "neurons", "budget"):
             if not 0 <= getattr(self, name) < 1:
                 raise CompressError(f"width.{name} = {getattr(self, name)}: a share to cut, from 0 to below 1")
@@ -205,6 +206,8 @@ class Width:
                                 f"{source.config.model_type} has no routed experts; cut neurons (mlp: …)")  # fmt: skip
         if self.neurons and self.by not in ("flap", "activation", "magnitude"):
             raise CompressError(f"width.neurons: those of experts are scored by flap, activation or magnitude, not by {self.by}")
+        if odd := [i for i in self.skip if not -source.num_blocks <= i < source.num_blocks]:
+            raise CompressError(f"{source.name}: width.skip: {odd[0]} is no block of 0 … {source.num_blocks - 1}, nor one counted from the end")
         units = _units(source)
         if self.mlp and not any("mlp" in u for u in units):
             raise CompressError(f"{source.name}: width.mlp = {self.mlp}: no block of {source.config.model_type} has a dense MLP; cut experts (experts: …)")
