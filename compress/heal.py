@@ -43,7 +43,7 @@ from .healing.adapters import Frozen
 from .healing.losses import distance, divergence, relation, translation
 from .healing.options import Heal
 from .healing.student import Student, shard_of
-from .healing.teacher import Lessons, matched, remember
+from .healing.teacher import Lessons, comparable, matched, remember
 from .verification import ArtifactCheckpoint
 from .version import __version__
 from .walk import copy_outer
@@ -110,6 +110,7 @@ def _identity(options: Heal, source: Checkpoint, asked: dict[str, Any], device: 
 
 def _pairs(options: Heal, source: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: str) -> list[tuple[int, int]]:
     """Blocks of the student whose output is compared, each with its block of the teacher."""
+    comparable(source, teacher)
     match = matched(source, teacher, tokens, device)
     count = min(options.layers, len(match))
     return [(s, match[s]) for s in (round((k + 1) * len(match) / count) - 1 for k in range(count))]

@@ -104,13 +104,11 @@ def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: st
     the hidden states [n, t, width] of `tokens` (a dynamic programme): whichever blocks were dropped, it finds those that are left.
     """
     depth, all_of = student.num_blocks, teacher.num_blocks
-    a, b = (m.config.get_text_config().hidden_size for m in (student, teacher))
-    if a != b:
-        raise CompressError(f"{student.name} is {a} wide, {teacher.name} {b}: hidden states cannot be compared; use relation")
     if depth == all_of:
         return list(range(depth))
     if depth > all_of:
         raise CompressError(f"{student.name} has {depth} blocks, its teacher {teacher.name} only {all_of}; give the model that it was made of")
+    comparable(student, teacher)
     ours, theirs = _states(student, tokens, device), _states(teacher, tokens, device)
     cost = torch.tensor([[float((a - b).square().mean() / b.square().mean()) for b in theirs] for a in ours], dtype=torch.float64)
     best, came = cost[0].clone(), []
@@ -122,6 +120,13 @@ def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: st
     for at in reversed(came):
         ends.append(int(at[ends[-1]]))
     return ends[::-1]
+
+
+def comparable(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse to compare hidden states of two widths."""
+    a, b = (m.config.get_text_config().hidden_size for m in (student, teacher))
+    if a != b:
+        raise CompressError(f"{student.name} is {a} wide, {teacher.name} {b}: hidden states cannot be compared; use relation")
 
 
 def _states(source: Checkpoint, tokens: Tensor, device: str) -> list[Tensor]:
