@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ from .eval import context as _context
 from .eval import depth as _depth
 from .eval import drift as _drift
 from .eval import tasks as _tasks
-from .experts import fused_experts
+from .experts import fused_experts, spelling
 from .export import Exported, as_floats, can_export
 from .export import write as _export
 from .formats import Format
@@ -63,6 +64,7 @@ from .restorative import restored
 from .schedule import scheduled
 from .skeleton import KEY
 from .stream import Stream
+from .structure.nest import narrowed
 from .structure.scratch import Scratch, brief
 from .verification import ArtifactCheckpoint, Verification
 from .version import __version__
@@ -166,6 +168,8 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         scratch, structure = Scratch(folder, identity) if chosen.structure else None, list[dict[str, Any]]()
         if scratch:
             structure = _structure(chosen, whole, data, scratch, batch, device, show)
+            fallbacks += [note for found in structure for note in found.pop("notes", [])]
+            strictly(strict, fallbacks)
             source = chosen.viewed(_uniform(uniform, _smaller(chosen, whole, structure, scratch)))
             planned = measure(source, chosen)
         fallbacks += [note for note in source.notes if note not in fallbacks]
@@ -185,8 +189,10 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         copy_outer(source, writer, headers)
         resumed = 0
         compressed = [layer for layer in planned.layers if layer.method]
+        plain = bool(chosen.structure) and not compressed and not any(getattr(source.config, KEY, None) or ())
+        names = spelling(source.model) if plain and fused_experts(source.model) else {}  # of a mixture as its checkpoints have it; else one by one
         with progress.Layers(len(compressed), show) as screen, _log(folder, source.path) as log:
-            for done in walk(source, chosen, writer, stream, original, guidance, probe, headers):
+            for done in walk(source, chosen, writer, stream, original, guidance, probe, headers, names):
                 resumed += done.resumed
                 screen.layer(done)
                 log(done)
@@ -197,7 +203,6 @@ def run(model: str, recipe: str | Path | dict | _recipe.Recipe = "w4-gptq", cali
         headers[PROBE.removesuffix(".safetensors")] = writer.commit(PROBE.removesuffix(".safetensors"), {
             "tokens": probe.tokens, "logits": next(probe.logits())[:, -PROBE_KEPT:].float()}, {}, fallbacks)  # fmt: skip
         strictly(strict, [f for h in headers.values() for f in h["fallbacks"]])
-        plain = bool(chosen.structure) and not compressed and not any(getattr(source.config, KEY, None) or ()) and not fused_experts(source.model)
         sizes = artifact.totals(headers, planned.parameters, planned.bytes_before, planned.bytes_after)
         manifest = writer.finish(headers, source.path, source.changes, source.blocks_path, sizes, __version__, plain=plain, structure=structure)
         if scratch:
@@ -257,7 +262,8 @@ def heal(path: str, teacher: str, data: str | CalibrationSet = "stdlib", output:
     started = time.perf_counter()
     chosen = options if isinstance(options, Heal) else _recipe.healing(options or {})
     device = _device(device)
-    processes = PartialState(cpu=torch.device(device).type == "cpu")
+    # the first process may take hours with the teacher, for which the others wait: NCCL would give up after ten minutes
+    processes = PartialState(cpu=torch.device(device).type == "cpu", timeout=timedelta(days=1))
     device = f"cuda:{processes.local_process_index}" if device == "cuda" and processes.num_processes > 1 else device
     source, original = (_opened(m, dtype, device, trust_remote_code) for m in (path, teacher))
     if (a := _vocabulary(source)) != (b := _vocabulary(original)):
@@ -366,7 +372,7 @@ def diagnose(model: str, calibration: str | CalibrationSet = "stdlib", *, sample
 
 def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cpu", policy: Literal["auto", "dense"] = "auto",
          memory: Memory = "auto", activations: str | None = None, fuse: bool = False, compile: bool = False,
-         rows: Sequence[int] = (1,), trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
+         rows: Sequence[int] = (1,), width: float | None = None, trust_remote_code: bool = False) -> nn.Module:  # fmt: skip
     """A Hugging Face model from an artifact (or a plain checkpoint), ready for generate().
 
     policy "auto" multiplies by the fastest kernel measured on this machine, "dense" by the dequantized weight in a fixed order.
@@ -375,6 +381,8 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     activations int8, int4 or fp8: what compressed weights multiply is rounded to it, one scale a token (kernels/activations.py).
     fuse: q, k and v, and gate and up (then SiLU(gate) · up), are multiplied as one where their formats are of one kind (architectures of compress/arch.py).
     compile: generate() compiles its decoding step (torch.compile, fullgraph, static cache); `rows` are the batch sizes that will meet it.
+    width: the first share of the neurons of every MLP, of a model that a step `nest` has put in order (structure/nest.py: `narrowed` makes several widths
+    of one model share its memory).
     """
     if activations not in (None, *LARGEST):
         raise CompressError(f"activations {activations!r}: use {', '.join(LARGEST)}")
@@ -391,6 +399,9 @@ def load(path: str, *, dtype: torch.dtype | str | None = None, device: str = "cp
     if bad := sorted(info["missing_keys"]) + sorted(str(k[0]) for k in info["mismatched_keys"]):
         raise CompressError(f"{path}: {len(bad)} tensors are missing or of another shape, {bad[0]} first; `compress verify` tells more")
     model = model.to(_device(device)).eval()
+    if width is not None:
+        _in_order(folder, width)
+        model = narrowed(model, width)
     layers = [module for module in model.modules() if isinstance(module, CompressedLinear)]
     dense = sum(m.in_features * m.out_features for m in layers) * model.dtype.itemsize
     if memory == "auto" and model.device.type == "cpu" and psutil.virtual_memory().available > 2 * dense and isinstance(native.library(), str):
@@ -672,9 +683,11 @@ def import_checkpoint(model: str, output: str | Path, *, dtype: str = "auto", ov
 
 
 def extract(model: str, output: str | Path, *, width: float, dtype: str = "auto", overwrite: bool = False, trust_remote_code: bool = False) -> Report:
-    """A submodel of a model whose neurons were put in order by a structural step `nest`: the first `width` of every MLP, as a plain Hugging Face folder."""
-    if not 0 < width < 1:
-        raise CompressError(f"width {width}: the share of the MLP neurons that stays, between 0 and 1")
+    """A submodel of a model whose neurons were put in order by a structural step `nest`: the first `width` of every MLP, as a plain Hugging Face folder.
+
+    Raises CompressError where the neurons are in no order: the first of them would be any.
+    """
+    _in_order(resolve(model), width)
     recipe = {"name": f"extract-{width:g}", "structure": [{"width": {"mlp": 1 - width, "by": "order", "across": "layer"}}]}
     return run(model, recipe, output=output, dtype=dtype, overwrite=overwrite, trust_remote_code=trust_remote_code, show=False)
 
@@ -697,6 +710,15 @@ def export(path: str, to: str, output: str | Path, *, base_model: str | None = N
 
 
 # ---- small print
+
+
+def _in_order(folder: Path, width: float) -> None:
+    """Refuses a share that is none, and a model that no step `nest` has put in order. What was cut out of one that is still is in order."""
+    if not 0 < width < 1:
+        raise CompressError(f"width {width}: the share of the MLP neurons that stays, between 0 and 1")
+    steps = read_manifest(folder).run["recipe"].get("structure", []) if (folder / MANIFEST).is_file() else []
+    if not any(step["structure"] == "nest" or step.get("by") == "order" for step in steps):
+        raise CompressError(f"{folder}: its neurons are in no order of importance; `compress run {folder} -r nested` makes a model whose are")
 
 
 def _device(device: str) -> str:
@@ -739,9 +761,11 @@ def _smaller(recipe: _recipe.Recipe, source: Checkpoint, plans: list[dict[str, A
 
 
 def _evenly(uniform: bool, recipe: _recipe.Recipe) -> _recipe.Recipe:
-    """`uniform`: the width steps of a recipe take the same share of every layer."""
-    has_width = any(e == "width" or "width" in e for e in recipe.structure)
-    return recipe.with_options({"width.across": "layer"}) if uniform and has_width else recipe
+    """`uniform`: the width steps of a recipe take the same share of every layer, a programme leaves out blocks and no part of one."""
+    has = lambda step: any(e == step or step in e for e in recipe.structure)
+    wanted: dict[str, Any] = {"width.across": "layer"} if has("width") else {}
+    wanted |= {"program.sublayers": False} if has("program") else {}
+    return recipe.with_options(wanted) if uniform and wanted else recipe
 
 
 def _uniform(uniform: bool, source: Checkpoint) -> Checkpoint:

@@ -11,11 +11,12 @@ weights are views of the 3-D parameters, or meta tensors when a skeleton is unfu
 price is a Python loop over the experts that were hit instead of a grouped matmul, which is what calibration wants
 anyway: each expert sees only its own tokens.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations import moe
 
 from compress.errors import CompressError
@@ -61,6 +62,44 @@ def unfuse_experts(module: nn.Module) -> int:
     for name in names:
         module.set_submodule(name, _unfused(name, module.get_submodule(name)))
     return len(names)
+
+
+def spelling(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Tensor of a model, experts by their unfused names → tensors of a checkpoint: one, or two where gate and up of an
+    expert are stored apart.
+
+    Every tensor is a label, experts one label a matrix, sent through the reversal that transformers applies when it
+    saves. Raises CompressError where that does more than rename and split.
+    """
+    fused, labels, owners = set(fused_experts(model)), dict[str, Tensor](), list[str]()
+    for name, tensor in model.state_dict().items():
+        module, _, leaf = name.rpartition(".")
+        stacked = module in fused and tensor.dim() == 3
+        parts = [f"{module}.{e}.{leaf}.weight" for e in range(len(tensor))
+                 for _ in range(1 + (leaf == "gate_up_proj"))] if stacked else [name]
+        label = torch.arange(len(owners), len(owners) + len(parts))
+        labels[name] = label.view(len(tensor), -1, 1) if stacked else label
+        owners += parts
+    found: dict[str, dict[int, str]] = {}
+    for name, label in revert_weight_conversion(model, labels).items():
+        if label.numel() != 1:
+            raise CompressError(f"{type(model).__name__}: transformers reshapes {name} when it saves, which is not known "
+                                "how to follow; save it with transformers instead")
+        found.setdefault(owners[int(label)], {})[int(label)] = name
+    return {owner: tuple(names[i] for i in sorted(names)) for owner, names in found.items()}
+
+
+def spelled(tensors: Mapping[str, Tensor], spelling: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Tensors under the names of a checkpoint, cut where it stores them apart."""
+    return {name: part for owner, t in tensors.items() for names in [spelling.get(owner, (owner,))]
+            for name, part in zip(names, t.chunk(len(names)), strict=True)}
+
+
+def unspelled(tensors: Mapping[str, Tensor], spelling: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """The way back."""
+    found = {owner: torch.cat([tensors[n] for n in names]) for owner, names in spelling.items() if names[0] in tensors}
+    known = {n for names in spelling.values() for n in names}
+    return found | {name: t for name, t in tensors.items() if name not in known}
 
 
 def _stacks(module: nn.Module) -> dict[str, nn.Parameter]:

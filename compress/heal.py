@@ -37,12 +37,13 @@ from .artifact import MANIFEST, PROBE, PROBE_KEPT, PROBE_TOKENS, LayerRecord, Wr
 from .calibration.data import CalibrationSet
 from .checkpoint import Checkpoint
 from .errors import CompressError
+from .experts import fused_experts, spelled, spelling
 from .formats import Dense, Format, Sum
 from .healing.adapters import Frozen
 from .healing.losses import distance, divergence, relation, translation
 from .healing.options import Heal
 from .healing.student import Student, shard_of
-from .healing.teacher import Lessons, matched, remember
+from .healing.teacher import Lessons, comparable, matched, remember
 from .verification import ArtifactCheckpoint
 from .version import __version__
 from .walk import copy_outer
@@ -109,6 +110,7 @@ def _identity(options: Heal, source: Checkpoint, asked: dict[str, Any], device: 
 
 def _pairs(options: Heal, source: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: str) -> list[tuple[int, int]]:
     """Blocks of the student whose output is compared, each with its block of the teacher."""
+    comparable(source, teacher)
     match = matched(source, teacher, tokens, device)
     count = min(options.layers, len(match))
     return [(s, match[s]) for s in (round((k + 1) * len(match) / count) - 1 for k in range(count))]
@@ -273,6 +275,8 @@ def _write(source: Checkpoint, student: Student, formats: dict[str, Format], wri
                 outer.setdefault(Path(record.shard).stem, {})[name] = source.read_stored(name)
         headers |= {shard: writer.commit(shard, tensors, {}, []) for shard, tensors in outer.items()}
     seen = data.tokens.numel() if data.mask is None else int(data.mask.sum())
+    plain = manifest is not None and manifest.plain and all(isinstance(f, Dense) for f in formats.values())  # transformers will still load it
+    names = spelling(source.model) if plain and fused_experts(source.model) else {}
     for i in range(source.num_blocks):
         tensors, layers, before = shard_of(source, i)
         for path, old in before.items() if formats else ():
@@ -286,7 +290,7 @@ def _write(source: Checkpoint, student: Student, formats: dict[str, Format], wri
             tensors |= {f"{path}.{t}": value for t, value in weight.tensors().items() if t in layers[path].tensors}
         if formats:
             tensors |= {name: student.masters[name].to(t.dtype) for name, t in tensors.items() if name in student.first}
-        headers[f"block-{i:05d}"] = writer.commit(f"block-{i:05d}", tensors, layers, notes if i == 0 else [], training if i == 0 else {})
+        headers[f"block-{i:05d}"] = writer.commit(f"block-{i:05d}", spelled(tensors, names), layers, notes if i == 0 else [], training if i == 0 else {})
     stem, vocabulary = PROBE.removesuffix(".safetensors"), student.model.get_input_embeddings().num_embeddings
     tokens = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
@@ -294,7 +298,6 @@ def _write(source: Checkpoint, student: Student, formats: dict[str, Format], wri
     stored = source.entries.values()
     parameters = int(manifest.totals["parameters"]) if manifest else sum(torch.Size(e.shape).numel() for e in stored)
     before_bytes = int(manifest.totals["source_bytes"]) if manifest else sum(e.nbytes for e in stored)
-    plain = manifest is not None and manifest.plain and not any(h["layers"] for h in headers.values())  # a smaller model that transformers loads still is one
     writer.finish(headers, source.path, source.changes, source.blocks_path, totals(headers, parameters, before_bytes), __version__,
                   plain=plain, structure=manifest.structure if manifest else None)  # fmt: skip
 

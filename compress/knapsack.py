@@ -47,14 +47,14 @@ def knapsack(cost: Sequence[Sequence[int]], damage: Sequence[Sequence[float]]) -
 def joined(a: Front, b: Front, points: int | None = None) -> Front:
     """One choice from each: the sums of every pair, the columns side by side."""
     total, loss = (a.cost[:, None] + b.cost).flatten(), (a.damage[:, None] + b.damage).flatten()
-    order = _best(total, loss, points or SUMS)
+    order = undominated(total, loss, points or SUMS)
     return Front(total[order], loss[order], torch.cat([a.picks[order // len(b.cost)], b.picks[order % len(b.cost)]], 1))
 
 
 def either(fronts: Sequence[Front], points: int | None = None) -> Front:
     """One choice from all of them together; they have the same columns."""
     total, loss, picks = (torch.cat([getattr(f, name) for f in fronts]) for name in ("cost", "damage", "picks"))
-    order = _best(total, loss, points or SUMS)
+    order = undominated(total, loss, points or SUMS)
     return Front(total[order], loss[order], picks[order])
 
 
@@ -63,7 +63,7 @@ def shifted(front: Front, cost: int, damage: float, pick: int) -> Front:
     return Front(front.cost + cost, front.damage + damage, torch.cat([torch.full((len(front.cost), 1), pick, dtype=torch.uint8), front.picks], 1))
 
 
-def _best(total: Tensor, loss: Tensor, points: int) -> Tensor:
+def undominated(total: Tensor, loss: Tensor, points: int) -> Tensor:
     """The order of those that no other beats, by cost; thinned to the best of each of `points` ranges."""
     order = torch.argsort(loss, stable=True)
     order = order[torch.argsort(total[order], stable=True)]  # by cost, then by damage

@@ -65,6 +65,17 @@ class Heads:
         place = keep + 2 * (keep // per)  # behind each group's query heads lie its key and its value
         return self.columns(torch.cat([place, groups * (per + 2) + per, groups * (per + 2) + per + 1]).sort().values)
 
+    def parts(self, outputs: int) -> dict[str, Tensor]:
+        """Rows of a maker with so many outputs by what they make: {"": all}, or those of a fused one {"queries", "keys", "values"}."""
+        if outputs != (self.heads + 2 * self.groups) * self.dim:
+            return {"": torch.arange(outputs)}
+        per = self.heads // self.groups
+        if self.layout == "concat":
+            kind = torch.tensor([0] * self.heads + [1] * self.groups + [2] * self.groups)
+        else:
+            kind = torch.tensor(([0] * per + [1, 2]) * self.groups)
+        return {name: self.columns((kind == k).nonzero().flatten()) for k, name in enumerate(("queries", "keys", "values"))}
+
     def columns(self, keep: Tensor) -> Tensor:
         return (keep[:, None] * self.dim + torch.arange(self.dim)).flatten()
 
@@ -165,6 +176,12 @@ def _resize(linear: nn.Module, outputs: int | None = None, inputs: int | None = 
     linear.weight = nn.Parameter(linear.weight.new_empty((n, m) if isinstance(linear, Conv1D) else (m, n)), requires_grad=False)
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.new_empty(m), requires_grad=False)
+    tell_shape(linear)
+
+
+def tell_shape(linear: nn.Module) -> None:
+    """What a linear knows of the shape of its weight, which was replaced."""
+    m, n = shape(linear)
     for name, value in {"out_features": m, "in_features": n, "nf": m, "nx": n}.items():
         if hasattr(linear, name):
             setattr(linear, name, value)

@@ -60,13 +60,18 @@ class ArtifactCheckpoint(Checkpoint):
 
     @cached_property
     def groups(self) -> dict[str, Group]:
-        """Names on disk are names in the model: nothing is renamed or fused again. What the model class does not know is kept, not loaded."""
+        """Names on disk are names in the model: nothing is renamed or fused again, but in a plain artifact, which is a checkpoint like any other. What the
+        model class does not know is kept, not loaded."""
+        if self.manifest.plain:
+            return super().groups
         model = copy.deepcopy(self.model)
         prepare(model, self.manifest)
         known = model.state_dict()
         return {name: Group(name, ((name, name),), None) for name, t in self.manifest.tensors.items() if t.shard != PROBE and name in known}
 
     def load_block(self, i: int, device: torch.device | str = "cpu") -> nn.Module:
+        if self.manifest.plain:
+            return super().load_block(i, device)
         name = self.block_name(i) + "."
         block = copy.deepcopy(self.model.get_submodule(name[:-1]))
         prepare(block, self.manifest, name)

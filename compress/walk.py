@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import chain, groupby
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from .calibration.hidden import release
 from .calibration.statistics import Stats
 from .checkpoint import Checkpoint
 from .errors import CompressError
+from .experts import spelled, unspelled
 from .formats import Format, build, join_rows, split_rows
 from .linear import get_weight, in_features, set_weight
 from .stream import Stream, sites_of
@@ -51,12 +52,13 @@ class Done:
 
 
 def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | None, original: Stream | None,
-         guidance: list[dict[str, Guidance]] | None, probe: Stream, headers: dict[str, dict]) -> Iterator[Done]:  # fmt: skip
+         guidance: list[dict[str, Guidance]] | None, probe: Stream, headers: dict[str, dict],
+         spelling: Mapping[str, tuple[str, ...]]) -> Iterator[Done]:  # fmt: skip
     """Compress every block of `source` into `writer`, yielding each layer as it is done; `headers` receives the record of every shard.
 
     `stream` carries the calibration tokens through the compressed blocks, None when no method needs statistics; `original` the same tokens through
     the blocks as they were, None when nothing compares the two; `guidance` says what each token and output counts (calibration/guidance.py), None when
-    all count alike; `probe` carries a few tokens whose logits `verify` will compare.
+    all count alike; `probe` carries a few tokens whose logits `verify` will compare; `spelling` says which tensors go by other names on disk (experts.py).
     """
     for i in range(source.num_blocks):
         shard, name = f"block-{i:05d}", source.block_name(i)
@@ -65,7 +67,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
         header = writer.header(shard)
         if header is not None:
             twin = block if original is None else _twin(block)
-            tensors = writer.read(shard)
+            tensors = unspelled(writer.read(shard), spelling)
             restore(block, name, header, tensors)
             for layer, record in header["layers"].items():
                 yield Done(i, layer, LayerRecord.model_validate(record), 0.0, True)
@@ -93,7 +95,7 @@ def walk(source: Checkpoint, recipe: Recipe, writer: Writer, stream: Stream | No
                 formats, *training[name] = tune_block(recipe.tune, block, twin, stream, original.hidden, formats)
                 if training[name][1] >= training[name][0]:
                     fallbacks.append({"what": "tuning undone", "where": name, "count": 1, "detail": f"held-out error {training[name][0]:.3e} did not fall"})
-            header = writer.commit(shard, block_tensors(block, name, formats, layers), layers, fallbacks, training)
+            header = writer.commit(shard, spelled(block_tensors(block, name, formats, layers), spelling), layers, fallbacks, training)
         headers[shard] = header
         if stream is not None and i + 1 < source.num_blocks:
             stream.advance(block)

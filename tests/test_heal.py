@@ -21,7 +21,7 @@ from compress.formats import Dense, Masked, Product, Scaled, Sparse24, Sum
 from compress.healing.adapters import LowRank, learner
 from compress.healing.losses import LEAST, distance, divergence, likeliest, relation, translation
 from compress.healing.options import Heal
-from compress.healing.teacher import matched
+from compress.healing.teacher import attending, matched, parts
 from compress.methods import RTN
 from compress.restorative import restored
 from compress.verification import ArtifactCheckpoint
@@ -288,6 +288,34 @@ def test_a_plain_checkpoint_with_a_block_removed(dropped, tmp_path):
     assert torch.equal(healed(tokens).logits, plain(tokens).logits)
     with pytest.raises(CompressError, match=f"has {blocks} blocks, its teacher .* only {blocks - 1}"):
         heal(model_path(), tmp_path / "b", teacher=dropped, hidden=1.0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3", "falcon", "falcon_40b", "bloom", "llama"])
+def test_relations_are_those_of_queries_of_keys_and_of_values(name, tmp_path):
+    """Against what the model's own cache holds: values, and in GPT-2, which does not turn them, keys; the rest are queries."""
+    model = tiny.save_tiny(name, tmp_path / "model", dtype=torch.float32)
+    source = Checkpoint(str(tmp_path / "model"))
+    paths, heard = attending(source, 1), dict[str, torch.Tensor]()
+    for path in paths:
+        model.get_submodule(f"{source.block_name(1)}.{path}").register_forward_hook(lambda m, args, y, path=path: heard.update({path: y}))
+    with torch.no_grad():
+        cache = model(torch.arange(12)[None], use_cache=True).past_key_values.layers[1]
+    flat = lambda t: t.transpose(1, 2).flatten(2)  # [b, heads, t, dim] → [b, t, heads · dim]
+    if name == "llama":
+        assert len(paths) == 3 and all(list(parts(source, 1, path)) == [""] for path in paths) and torch.equal(heard[paths[2]], flat(cache.values))
+        return
+    found = parts(source, 1, paths[0])
+    if name == "falcon_40b":  # its cache holds a value once a query head
+        cache.values = cache.values[:, ::2]
+    assert len(paths) == 1 and list(found) == [":queries", ":keys", ":values"] and torch.equal(heard[paths[0]][..., found[":values"]], flat(cache.values))
+    assert name != "gpt2" or torch.equal(heard[paths[0]][..., found[":keys"]], flat(cache.keys))
+    assert torch.cat(list(found.values())).sort().values.tolist() == list(range(heard[paths[0]].shape[-1]))
+    if name == "gpt_neox":  # both sides of a training hear the three apart
+        (tmp_path / "text.txt").write_text(Path(os.__file__).read_text())
+        compress.run(str(tmp_path / "model"), {"name": "s", "steps": [{"method": "rtn", "bits": 2, "group_size": 32}]}, output=tmp_path / "bad", **QUIET)
+        options = SMALL | {"seqlen": 32, "steps": 2, "samples": 20, "relation": 0.5}
+        report = compress.heal(str(tmp_path / "bad"), str(tmp_path / "model"), f"file:{tmp_path / 'text.txt'}", tmp_path / "healed", options=options, **QUIET)
+        assert len(report.manifest.training["healing loss"]) == 2
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])

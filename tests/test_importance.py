@@ -16,11 +16,14 @@ from compress.errors import CompressError
 from compress.eval.bench.structure import ROWS
 from compress.formats import Dense
 from compress.healing.adapters import Frozen, LowRank, Merged
+from compress.skeleton import Neurons
 from compress.stream import Stream
+from compress.structure import loraprune, program, width
 from compress.structure.cost import sublayers, units
 from compress.structure.fuse import macro
 from compress.structure.importance import scores
 from compress.structure.loraprune import LoRAPrune
+from compress.structure.program import Program
 from compress.structure.smaller import numbers
 from compress.structure.width import Width
 
@@ -91,19 +94,19 @@ def test_a_budget_is_met_and_spent(name, cost, tmp_path):
     save_tiny(name, tmp_path / "model")
     source = Checkpoint(str(tmp_path / "model"))
     for across in ("model", "layer"):
-        width = Width(budget=0.1 if cost == "latency" else 0.3, cost=cost, across=across, by="magnitude")
-        plan = width.measure(source, enter)
+        step = Width(budget=0.1 if cost == "latency" else 0.3, cost=cost, across=across, by="magnitude")
+        plan = step.measure(source, enter)
         if cost == "latency":
             assert any(len(numbers(kept)) < 128 for kept in plan["mlp"].values()) or any(len(numbers(kept)) < 4 for kept in plan["heads"].values())
             continue
-        smaller = width.apply(source, plan)
+        smaller = step.apply(source, plan)
         assert across == "model" or name == "gpt2" or not getattr(smaller.config, "compress_blocks", None)  # as many in every layer: plain
         each = [(units(source, i, cost), units(smaller, i, cost)) for i in range(2)]
         for pairs in [[each]] if across == "model" else [[[pair]] for pair in each]:
             before, after = (sum(pair[k][""] for pair in pairs[0]) for k in (0, 1))
-            step = max(max(8 * a["mlp"], a["heads"]) for a, _ in pairs[0])
-            assert 0.7 * before - step < after <= 0.7 * before * (1 + 1e-9), (cost, across)
-        assert width.apply(source, width.guess(source)).parameters() > 0
+            unit = max(max(8 * a["mlp"], a["heads"]) for a, _ in pairs[0])
+            assert 0.7 * before - unit < after <= 0.7 * before * (1 + 1e-9), (cost, across)
+        assert step.apply(source, step.guess(source)).parameters() > 0
     if name == "llama" and cost == "bytes":
         for fields, told in (({"budget": 0.99}, r"at most 0\.\d+ can be cut"), ({"budget": 0.2, "mlp": 0.2}, "leave mlp and groups out")):
             with pytest.raises(CompressError, match=told):
@@ -114,15 +117,35 @@ def test_a_programme_counts_flops_and_bytes(tmp_path):
     save_tiny("llama", tmp_path)
     kept = {}
     for cost in ("parameters", "bytes", "flops"):
-        report = run(tmp_path, [{"program": {"budget": 0.7, "cost": cost}}], tmp_path / cost)
+        report = run(tmp_path, [{"program": {"budget": 0.7, "cost": cost, "samples": 4}}], tmp_path / cost)
         kept[cost] = report.manifest.structure[0]["cost"]
     big = tiny_model("llama").config
     big.intermediate_size = 4096
     AutoModelForCausalLM.from_config(big).save_pretrained(tmp_path / "big")
     source = Checkpoint(str(tmp_path / "big"))
-    seconds = sublayers(source, 1, "latency", enter(source, 4))
+    seconds = sublayers(source, 1, "latency", enter(source, 4), {"attention": "self_attn", "mlp": "mlp"})
     assert seconds["mlp"] > max(seconds["self_attn"], 0.2 * sum(seconds.values()))  # a sublayer that is left out is not computed
     assert kept["parameters"] == pytest.approx(kept["bytes"]) and 0 < kept["flops"] <= 0.7
+
+
+def test_a_budget_of_seconds_is_kept_with_what_it_was_predicted_and_timed_to_be(tmp_path, monkeypatch):
+    """With the clock's answers given: attention takes all the time, so attention goes, and the plan tells what was counted on."""
+    save_tiny("llama", tmp_path / "model", dtype=torch.float32)
+    source, told = Checkpoint(str(tmp_path / "model")), {"self_attn": 0.5, "mlp": 0.25, "": 0.25}
+    monkeypatch.setattr(program, "sublayers", lambda source, i, cost, stream, children: told)
+    plan = Program(budget=0.8, cost="latency", merge=False).measure(source, enter)
+    assert [child for _, child in plan["absent"]] == ["self_attn"] and plan["cost"] == 0.75
+    seconds = plan["seconds"]
+    assert seconds["blocks"] == [told, told] and (seconds["whole"], seconds["predicted"]) == (2.0, 1.5) and 0 < seconds["timed"] < 1
+    monkeypatch.setattr(width, "units", lambda source, i, cost, stream: {"": 1.0, "mlp": 0.5 / 128, "heads": 0.125})
+    plan = Width(budget=0.25, cost="latency", by="magnitude").measure(source, enter)
+    seconds, kept = plan["seconds"], {kind: sum(len(numbers(k)) for k in plan[kind].values()) for kind in ("mlp", "heads")}
+    assert seconds["whole"] == 2.0 and seconds["blocks"] == [{"": 1.0, "mlp": 0.5 / 128, "heads": 0.125}] * 2 and 0 < seconds["timed"] < 1
+    assert seconds["predicted"] == pytest.approx(2 - (256 - kept["mlp"]) * 0.5 / 128 - (8 - kept["heads"]) / 2 * 0.125) and seconds["predicted"] <= 1.5
+    monkeypatch.undo()
+    save_tiny("bloom", tmp_path / "bloom")
+    with pytest.raises(CompressError, match="cannot be timed apart; use cost: flops"):
+        Width(budget=0.2, cost="latency", by="magnitude").measure(Checkpoint(str(tmp_path / "bloom")), enter)
 
 
 # ---- what the choices are worth
@@ -185,6 +208,24 @@ def test_the_gradient_that_adapters_stand_for():
     expected = (V.grad * V.detach()).abs()
     expected[:, 6:] = 0  # directions that A has not
     torch.testing.assert_close(LoRAPrune._each(a), expected / expected.sum())
+
+
+def test_the_schedule_is_cubic_and_scores_are_moving_averages(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path, dtype=torch.float32)
+    source, rising = Checkpoint(str(tmp_path)), torch.arange(128, dtype=torch.float64)
+    for progress, left in ((-0.125, 128), (0.0, 128), (0.5, 128 - 0.875 * 64), (1.0, 64), (1.125, 64)):  # of the steps between a tenth and nine tenths
+        kept = LoRAPrune(mlp=0.5, multiple=1)._kept(source, {(i, "mlp"): rising for i in (0, 1)}, progress)
+        assert all(units.tolist() == list(range(128 - int(left), 128)) for units in kept.values()) and len(kept) == (2 if left < 128 else 0)
+    for second, first_half in ((-8.0, False), (-10.0, True)):  # 0.9 rising + 0.1 · second · rising: rising still for −8, falling for −10
+        calls = []
+
+        def gathered(c, each, second=second, calls=calls):
+            calls.append(None)
+            return torch.arange(128 if isinstance(c, Neurons) else c.heads, dtype=torch.float64) * (1.0 if len(calls) <= 4 else second)  # 2 blocks, 2 kinds
+
+        monkeypatch.setattr(loraprune, "gathered", gathered)
+        made = LoRAPrune(mlp=0.5, steps=2, every=2, batch=2)._train(source, enter(source, 0))
+        assert made["kept.mlp.1"].tolist() == (list(range(64)) if first_half else list(range(64, 128))) and len(calls) == 8
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])

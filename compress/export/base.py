@@ -22,13 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from ..artifact import INDEX, PROBE, Fallback, read_manifest, sha256, write_json
 from ..checkpoint import skeleton
 from ..errors import CompressError
-from ..experts import fused_experts, unfuse_experts
+from ..experts import fused_experts, spelling, unfuse_experts
 from ..formats import Format, IntGroup, build, split_rows
 from ..verification import ArtifactCheckpoint
 
@@ -70,26 +69,8 @@ class Layers:
 
     @cached_property
     def spelled(self) -> dict[str, tuple[str, ...]]:
-        """Tensor of the artifact → tensors of a checkpoint: one, or two where gate and up of an expert are stored apart.
-
-        Every tensor is a label, experts one label a matrix, sent through the reversal that transformers applies when it saves.
-        """
-        state, fused = self.model.state_dict(), set(fused_experts(self.model))
-        labels: dict[str, Tensor] = {}
-        owners: list[str] = []
-        for name, tensor in state.items():
-            module, _, leaf = name.rpartition(".")
-            parts = [f"{module}.{e}.{leaf}.weight" for e in range(len(tensor)) for _ in range(1 + (leaf == "gate_up_proj"))] \
-                if module in fused and tensor.dim() == 3 else [name]  # fmt: skip
-            label = torch.arange(len(owners), len(owners) + len(parts))
-            labels[name] = label.view(len(tensor), -1, 1) if parts != [name] else label
-            owners += parts
-        found: dict[str, dict[int, str]] = {}
-        for name, label in revert_weight_conversion(self.model, labels).items():
-            if label.numel() != 1:
-                raise CompressError(f"{self.name}: transformers reshapes {name} when it saves; export it with --to dense from transformers instead")
-            found.setdefault(owners[int(label)], {})[int(label)] = name
-        return {owner: tuple(names[i] for i in sorted(names)) for owner, names in found.items()}
+        """Tensor of the artifact → tensors of a checkpoint: one, or two where gate and up of an expert are stored apart."""
+        return spelling(self.model)
 
     def spell(self, tensor: str) -> tuple[str, ...]:
         return self.spelled.get(tensor, (tensor,))  # what the model class does not know keeps its name

@@ -26,11 +26,12 @@ from ..verification import ArtifactCheckpoint
 from ..walk import block_tensors
 from .adapters import learner
 from .options import Heal
+from .teacher import parts
 
 
 def shard_of(source: Checkpoint, i: int) -> tuple[dict[str, Tensor], dict[str, LayerRecord], dict[str, Format]]:
     """Block i as a shard holds it, the records of its layers, and the format of every linear that can learn, by path."""
-    name, artifact = source.block_name(i), source if isinstance(source, ArtifactCheckpoint) else None
+    name, artifact = source.block_name(i), source if isinstance(source, ArtifactCheckpoint) and not source.manifest.plain else None
     if artifact:
         tensors = {key: source.read_stored(key) for key, t in artifact.manifest.tensors.items() if t.shard == f"block-{i:05d}.safetensors"}
         layers = {path: record for path, record in artifact.manifest.layers.items() if path.startswith(name + ".")}
@@ -63,7 +64,8 @@ class Healed(nn.Module):
 
 
 class Student:
-    """hear: linears of the last block whose outputs are wanted, by their paths in it. Raises CompressError where one is not there.
+    """hear: linears of the last block whose outputs are wanted, by their paths in it, or parts of these (teacher.py). Raises CompressError where one is not
+    there.
 
     teacher: the original, of which weights are read where codes learn (`train: weights`) and both have as many blocks."""
 
@@ -105,12 +107,14 @@ class Student:
         self.read: dict[str, Tensor] = {}  # "state": what the head read in the last forward
         self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: self.read.update(state=args[0]))
         self.heard: dict[str, Tensor] = {}  # linear of the last attention → its output
-        for path in hear:
+        last = source.num_blocks - 1
+        for path in dict.fromkeys(key.partition(":")[0] for key in hear):
             try:
                 module = self.blocks[-1].get_submodule(path)
             except AttributeError as error:
                 raise CompressError(f"{source.name}: its last block has no {path}, whose relations were to be compared; leave relation at 0") from error
-            module.register_forward_hook(lambda m, args, y, key=path: self.heard.update({key: y}))
+            for part, rows in parts(source, last, path).items():
+                module.register_forward_hook(lambda m, args, y, key=path + part, rows=rows: self.heard.update({key: y[..., rows]}))
         for i, block in enumerate(self.blocks):
             self.place[i] = StandIn(block, partial(self._through, i, block, options.checkpointing))
 

@@ -16,11 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..arch import table_entry
 from ..artifact import Writer
 from ..calibration.data import CalibrationSet
 from ..calibration.hidden import allocate
 from ..checkpoint import Checkpoint
 from ..errors import CompressError
+from ..skeleton import heads, shape
 from ..stream import Stream
 from ..walk import sites_of
 from .losses import likeliest
@@ -61,8 +63,10 @@ def remember(teacher: Checkpoint, writer: Writer, lessons: Lessons, data: Calibr
     for i in range(teacher.num_blocks):
         block = teacher.load_block(i, device)
         if relation and i == teacher.num_blocks - 1:
-            for path in sites_of(teacher, block, stream)[0].linears:  # what reads the attention's input: queries, keys, values, or all in one
-                block.get_submodule(path).register_forward_hook(lambda module, args, y, key=f"relation.{path}": heard.setdefault(key, []).append(y.cpu()))
+            for path in attending(teacher, i) or sites_of(teacher, block, stream)[0].linears:
+                for part, rows in parts(teacher, i, path).items():
+                    hear = lambda module, args, y, key=f"relation.{path}{part}", rows=rows: heard.setdefault(key, []).append(y[..., rows].cpu())
+                    block.get_submodule(path).register_forward_hook(hear)
         stream.advance(block)
         if i in layers:
             kept[f"hidden.{i}"] = allocate(tuple(stream.hidden.shape), stream.hidden.dtype, writer.folder.parent).copy_(stream.hidden)
@@ -77,6 +81,22 @@ def remember(teacher: Checkpoint, writer: Writer, lessons: Lessons, data: Calibr
             writer.commit(shard, here | {key: t[rows].contiguous() for key, t in kept.items()}, {}, [])
 
 
+def attending(source: Checkpoint, i: int) -> tuple[str, ...]:
+    """The linears of block i that make queries, keys and values, three or one; none where the table does not know them."""
+    arch = table_entry(source.model)
+    found = arch and heads(arch, source.model.get_submodule(source.block_name(i)))
+    return found.makers if found else ()
+
+
+def parts(source: Checkpoint, i: int, path: str) -> dict[str, Tensor | slice]:
+    """{"": all}, or of a linear that makes all in one {":queries", ":keys", ":values"}: which of its outputs. A head of MiniLM's must not lie across two."""
+    arch = table_entry(source.model)
+    found = arch and heads(arch, block := source.model.get_submodule(source.block_name(i)))
+    if not found or path not in found.makers:
+        return {"": slice(None)}
+    return {part and f":{part}": rows for part, rows in found.parts(shape(block.get_submodule(path))[0]).items()}
+
+
 def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: str) -> list[int]:
     """For each block of the student the block of the teacher whose output it should reproduce.
 
@@ -88,9 +108,8 @@ def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: st
         return list(range(depth))
     if depth > all_of:
         raise CompressError(f"{student.name} has {depth} blocks, its teacher {teacher.name} only {all_of}; give the model that it was made of")
+    comparable(student, teacher)
     ours, theirs = _states(student, tokens, device), _states(teacher, tokens, device)
-    if ours[0].shape != theirs[0].shape:
-        raise CompressError(f"{student.name} is {ours[0].shape[-1]} wide, {teacher.name} {theirs[0].shape[-1]}: hidden states cannot be compared; use relation")
     cost = torch.tensor([[float((a - b).square().mean() / b.square().mean()) for b in theirs] for a in ours], dtype=torch.float64)
     best, came = cost[0].clone(), []
     for row in cost[1:]:
@@ -101,6 +120,13 @@ def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: st
     for at in reversed(came):
         ends.append(int(at[ends[-1]]))
     return ends[::-1]
+
+
+def comparable(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Refuse to compare hidden states of two widths."""
+    a, b = (m.config.get_text_config().hidden_size for m in (student, teacher))
+    if a != b:
+        raise CompressError(f"{student.name} is {a} wide, {teacher.name} {b}: hidden states cannot be compared; use relation")
 
 
 def _states(source: Checkpoint, tokens: Tensor, device: str) -> list[Tensor]:

@@ -6,7 +6,7 @@ A step of a recipe's `structure:` is a frozen dataclass of two parts:
     apply(source, plan, scratch) → smaller     the checkpoint of the smaller model, read lazily through the larger one (smaller.py)
 
 and `guess(source)`, a plan of the same size found without any text, for `compress plan`. Steps follow one another; the recipe's views and methods see
-what the last one left. Plans go into the manifest.
+what the last one left. Plans go into the manifest, what a plan has under "notes" among its fallbacks.
 """
 
 from .drop import Drop

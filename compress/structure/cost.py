@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from ..arch import table_entry
 from ..checkpoint import Checkpoint
+from ..errors import CompressError
 from ..kernels.tune import race
 from ..skeleton import Heads, Neurons, heads, neurons
 from ..stream import StandIn, Stream
@@ -54,7 +55,10 @@ def units(source: Checkpoint, i: int, cost: Cost, stream: Stream | None = None) 
     parts = {"mlp": neurons(arch, block), "attention": heads(arch, block)}
     timed = None
     if cost == "latency" and stream is not None:
-        children = {what: sublayer(source, i, what) for what, c in parts.items() if c is not None and (what == "mlp" or not arch.fixed_heads)}
+        try:
+            children = {what: sublayer(source, i, what) for what, c in parts.items() if c is not None and (what == "mlp" or not arch.fixed_heads)}
+        except CompressError as error:
+            raise CompressError(f"{str(error).partition(';')[0]}: what it takes cannot be timed apart; use cost: flops, bytes or parameters") from error
         times = seconds(stream, i, source.load_block(i, stream.device), children.values())
         timed = {what: max(0.0, times[""] - times[child]) for what, child in children.items()}
     found = {"": count(source, i, [block], cost) + scores(source, i, cost) if timed is None else times[""]}
@@ -73,19 +77,23 @@ def units(source: Checkpoint, i: int, cost: Cost, stream: Stream | None = None) 
     return found
 
 
-def sublayers(source: Checkpoint, i: int, cost: Cost, stream: Stream) -> dict[str, float]:
-    """{child: what it costs} for attention and MLP of block i; "" is what belongs to neither. stream: in front of block i; it stays there."""
-    children = [sublayer(source, i, what) for what in ("attention", "mlp")]
+def sublayers(source: Checkpoint, i: int, cost: Cost, stream: Stream, children: dict[str, str]) -> dict[str, float]:
+    """{child: what it costs} for {"attention": child, "mlp": child} of block i; "" is what belongs to neither. stream: in front of block i; it stays there."""
     if cost == "latency":
-        times = seconds(stream, i, source.load_block(i, stream.device), children)
+        times = seconds(stream, i, source.load_block(i, stream.device), children.values())
         whole = times[""]
-        found = {child: max(0.0, whole - times[child]) for child in children}
+        found = {child: max(0.0, whole - times[child]) for child in children.values()}
     else:
         block = source.model.get_submodule(source.block_name(i))
         whole = count(source, i, [block], cost) + scores(source, i, cost)
-        found = {child: count(source, i, [block.get_submodule(child)], cost) for child in children}
-        found[children[0]] += scores(source, i, cost)
+        found = {child: count(source, i, [block.get_submodule(child)], cost) + (scores(source, i, cost) if what == "attention" else 0)
+                 for what, child in children.items()}  # fmt: skip
     return found | {"": max(0.0, whole - sum(found.values()))}
+
+
+def clocked(source: Checkpoint, stream: Stream) -> float:
+    """Seconds of the first batch through every block, one after the other. stream: of `source`, in front of block 0; it stays there."""
+    return sum(seconds(stream, i, source.load_block(i, stream.device), ())[""] for i in range(source.num_blocks))
 
 
 @torch.no_grad()

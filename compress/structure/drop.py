@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..arch import table_entry
 from ..checkpoint import Checkpoint
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..eval.compare import divergence
 from ..skeleton import KEY
 from ..stream import Stream
@@ -42,34 +42,39 @@ class Drop:
     blocks: tuple[int, ...] = ()  # these and no others, whatever `count` and `by` say
     samples: int = 32  # calibration windows that greedy looks at; 0: all
 
+    def __post_init__(self):
+        at_least(self, count=0, samples=0)
+
     @property
     def needs_text(self) -> bool:
         return not self.blocks and self.by in ("contribution", "angular", "greedy")
 
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
         """{"left_out": blocks, in the order in which they were chosen, "score": …}. `enter(source, samples)` gives a Stream in front of block 0."""
-        n, L = self._count(source), source.num_blocks
+        there, n = self._there(source), self._count(source)
         left_out: list[int]
         score: list[float]
         if self.blocks:
             left_out, score = list(self.blocks), []
         elif self.by == "greedy":
             child = "" if self.what == "block" else sublayer(source, 0, self.what)
-            left_out, score = greedy(source, enter(source, self.samples), n, child)
+            left_out, score = greedy(source, enter(source, self.samples), n, child, there)
         elif self.by in ("contribution", "angular"):
             if self.what != "block":
                 raise CompressError(f"drop: by {self.by} looks at whole blocks; use by: greedy to leave out single {self.what}s")
             left_out, score = (influence if self.by == "contribution" else angular)(source, enter(source, 0), n)
         else:
+            L = len(there)
             middle = (L - n) // 2
-            left_out, score = {"top": list(range(L - n, L)), "bottom": list(range(n)), "symmetric": list(range(middle, middle + n)),
-                               "alternate": ([*range(L - 2, -1, -2), *range(L - 1, -1, -2)])[:n]}[self.by], []  # fmt: skip
+            places = {"top": range(L - n, L), "bottom": range(n), "symmetric": range(middle, middle + n),
+                      "alternate": [*range(L - 2, -1, -2), *range(L - 1, -1, -2)][:n]}[self.by]  # fmt: skip
+            left_out, score = [there[k] for k in places], []
         return {"left_out": left_out, "score": score}
 
     def guess(self, source: Checkpoint) -> dict[str, Any]:
         """As many blocks as `measure` will choose, for a plan without text."""
-        n, L = self._count(source), source.num_blocks
-        return {"left_out": list(self.blocks or range(L - n, L)), "score": []}
+        there, n = self._there(source), self._count(source)
+        return {"left_out": list(self.blocks or there[len(there) - n :]), "score": []}
 
     def apply(self, source: Checkpoint, plan: dict[str, Any], scratch=None) -> Checkpoint:
         """Raises CompressError where the class of the model cannot express what is left."""
@@ -82,14 +87,32 @@ class Drop:
             blocks[i]["without"] = sorted({*blocks[i].get("without", ()), sublayer(source, i, self.what)})
         return Smaller(source, changes={KEY: blocks})
 
+    def _there(self, source: Checkpoint) -> list[int]:
+        """The blocks that still have what is to go."""
+        if self.what == "block":
+            return list(range(source.num_blocks))
+        return [i for i, fields in enumerate(blocks_of(source)) if sublayer(source, i, self.what) not in fields.get("without", ())]
+
     def _count(self, source: Checkpoint) -> int:
-        L = source.num_blocks
-        n = len(set(self.blocks)) or (round(self.count * L) if self.count < 1 else int(self.count))
-        if odd := [i for i in self.blocks if not 0 <= i < L]:
-            raise CompressError(f"{source.name}: drop.blocks: {odd[0]} is no block of 0 … {L - 1}")
-        if not 0 <= n < L:
-            raise CompressError(f"{source.name}: drop: {n} of {L} {self.what}s cannot be left out; use a count from 0 to {L - 1}")
+        there = self._there(source)
+        if odd := [i for i in self.blocks if not 0 <= i < source.num_blocks]:
+            raise CompressError(f"{source.name}: drop.blocks: {odd[0]} is no block of 0 … {source.num_blocks - 1}")
+        if odd := [i for i in self.blocks if i not in there]:
+            raise CompressError(f"{source.name}: drop.blocks: block {odd[0]} has no {self.what} left")
+        n = len(set(self.blocks)) or how_many(source, "drop", self.count, len(there), self.what)
+        if not 0 <= n < len(there):
+            raise CompressError(f"{source.name}: drop: {n} of {len(there)} {self.what}s cannot be left out; use a count from 0 to {len(there) - 1}")
         return n
+
+
+def how_many(source: Checkpoint, step: str, count: float, there: int, what: str) -> int:
+    """A count, or a share of what is there, rounded to the nearest. Raises CompressError for a share that comes to none, and for parts of one."""
+    n = round(count * there) if count < 1 else int(count)
+    if 0 < count < 1 and n == 0:
+        raise CompressError(f"{source.name}: {step}.count = {count} of {there} {what}s comes to none; use a larger share, or count: 1")
+    if count > 1 and n != count:
+        raise CompressError(f"{source.name}: {step}.count = {count}: a whole number of {what}s, or a share below 1")
+    return n
 
 
 # ---- the smaller model
@@ -139,9 +162,9 @@ def sublayer(source: Checkpoint, i: int, what: str) -> str:
     child = reader.partition(".")[0]
     module = dict(block.named_children()).get(child)
     if module is None or "." not in reader:
-        raise CompressError(f"{source.name}: drop: {source.config.model_type} has no {what} as a module of its own; leave out whole blocks")
+        raise CompressError(f"{source.name}: {source.config.model_type} has no {what} as a module of its own; leave out whole blocks")
     if "residual" in inspect.signature(module.forward).parameters:
-        raise CompressError(f"{source.name}: drop: the {what} of {source.config.model_type} adds to the stream itself; leave out whole blocks")
+        raise CompressError(f"{source.name}: the {what} of {source.config.model_type} adds to the stream itself; leave out whole blocks")
     return child
 
 
@@ -178,13 +201,13 @@ def angular(source: Checkpoint, stream: Stream, count: int) -> tuple[list[int], 
     return list(range(first, first + count)), score
 
 
-def greedy(source: Checkpoint, stream: Stream, count: int, child: str) -> tuple[list[int], list[float]]:
-    """One after the other, the block (or its `child`) whose absence costs the least, and the KL that was reached with each."""
+def greedy(source: Checkpoint, stream: Stream, count: int, child: str, there: list[int]) -> tuple[list[int], list[float]]:
+    """One after the other, the block (or its `child`) of those `there` whose absence costs the least, and the KL that was reached with each."""
     left_out: list[int] = []
     score: list[float] = []
     tail, whole = stream.tail(), None
     while len(left_out) < count:
-        states = without(source, stream, dict.fromkeys(left_out, child), {i: {i: child} for i in range(source.num_blocks) if i not in left_out})
+        states = without(source, stream, dict.fromkeys(left_out, child), {i: {i: child} for i in there if i not in left_out})
         base = states.pop(None)
         whole = base if whole is None else whole
         cost = divergences(stream, tail, whole, states)

@@ -24,10 +24,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..arch import LINEARS, routers
 from ..checkpoint import Checkpoint
+from ..errors import CompressError, at_least
 from ..healing.adapters import LowRank
 from ..healing.losses import distance
 from ..stream import Stream
-from .drop import Drop, fewer, without
+from .drop import fewer, how_many, without
 from .refit import instead
 from .smaller import Smaller
 
@@ -59,8 +60,13 @@ class Fuse:
     samples: int = 32  # calibration windows on which influence is measured; 0: all
     needs_text = True
 
+    def __post_init__(self):
+        at_least(self, count=0, window=2, rank=1, steps=0, lr=0, samples=0)
+
     def guess(self, source: Checkpoint) -> dict[str, Any]:
-        L, n = source.num_blocks, len(Drop(count=self.count).guess(source)["left_out"])
+        L, n = source.num_blocks, how_many(source, "fuse", self.count, source.num_blocks, "block")
+        if n >= L:
+            raise CompressError(f"{source.name}: fuse: {n} of {L} blocks cannot be left out; use a count from 0 to {L - 1}")
         return {"left_out": [L - 1 - k for k in range(n)], "learned": {}}
 
     def measure(self, source: Checkpoint, enter, scratch) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..checkpoint import Checkpoint
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..formats import Dense
 from ..healing.adapters import Frozen, LowRank, Merged
 from ..healing.student import Healed
@@ -55,6 +55,9 @@ class LoRAPrune:
     multiple: int = 8  # MLP widths are multiples of it
     skip: tuple[int, ...] = ()  # blocks that keep their widths; -1: the last
     needs_text = True
+
+    def __post_init__(self):
+        at_least(self, mlp=0, groups=0, steps=1, every=1, batch=1, rank=1, lr=0, penalty=0, multiple=1)
 
     def _width(self) -> Width:
         return Width(mlp=self.mlp, groups=self.groups, by="magnitude", across="layer", multiple=self.multiple, skip=self.skip)

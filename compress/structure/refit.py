@@ -33,7 +33,10 @@ from ..experts import UnfusedExperts
 from ..linear import get_weight, in_features
 from ..skeleton import KEY
 from ..stream import Reached, Stream, sites_of
+from .scratch import note
 from .smaller import Edit, Smaller, blocks_of
+
+SINGULAR = "what it reads has no second moments that could be inverted"
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,17 @@ class Refit:
         return {"tensors": {f"{source.block_name(i)}.{path}.bias": "" for i in range(source.num_blocks) for path in _writers(source, i)}}
 
     def measure(self, source: Checkpoint, enter, scratch) -> dict[str, Any]:
-        """{"tensors": {name: file of the scratch}}. Raises CompressError where nothing was made smaller before."""
+        """{"tensors": {name: file of the scratch}, "notes"}. Raises CompressError where nothing was made smaller before, or nothing could be solved."""
         if not isinstance(source, Smaller):
             raise CompressError(f"{source.name}: refit: nothing was left out that could be made up for; put it behind a step that does")
         small, whole = enter(source, 0), enter(source.root, 0)
-        tensors: dict[str, str] = {}
+        tensors, notes = dict[str, str](), list[dict[str, Any]]()
         for j in range(source.num_blocks):
             while whole.at < source.origin[j]:
                 whole.advance(source.root.load_block(whole.at, whole.device))
             block, until = source.load_block(j, small.device), source.origin[j + 1] if j + 1 < source.num_blocks else source.root.num_blocks
-            made = scratch.tensors(f"refit-{j:05d}", partial(self._block, source, block, small, whole, until))
+            made = scratch.tensors(f"refit-{j:05d}", partial(self._block, source, block, small, whole, until, scratch))
+            notes += scratch.plan(f"notes-{j:05d}", list)
             prefix = source.block_name(j) + "."
             for name, t in made.items():
                 local = name.removeprefix(prefix)
@@ -71,7 +75,10 @@ class Refit:
             small.advance(block)
             del block
             release()
-        return {"tensors": tensors}
+        if not tensors:
+            told = f"{notes[0]['where']}: {notes[0]['detail']}" if notes else "it has no linear that writes to the stream"
+            raise CompressError(f"{source.name}: refit: nothing could be solved ({told}); leave refit out")
+        return {"tensors": tensors, "notes": notes}
 
     def apply(self, source: Checkpoint, plan: dict[str, Any], scratch=None) -> Checkpoint:
         names, blocks, prefix = source.model.state_dict(), blocks_of(source), source.blocks_path + "."
@@ -81,9 +88,11 @@ class Refit:
         edits: dict[str, Edit] = {name: partial(instead, scratch, file, name) for name, file in plan["tensors"].items()}
         return Smaller(source, changes={KEY: blocks} if any("bias" in b for b in blocks) else {}, edits=edits)
 
-    def _block(self, source: Smaller, block: nn.Module, small: Stream, whole: Stream, until: int) -> dict[str, Tensor]:
-        """The new tensors of one block. `whole` moves on to block `until`, whose input is what this block's output is held to."""
-        theirs, last = source.root.load_block(whole.at, whole.device), []
+    def _block(self, source: Smaller, block: nn.Module, small: Stream, whole: Stream, until: int, scratch) -> dict[str, Tensor]:
+        """The new tensors of one block. `whole` moves on to block `until`, whose input is what this block's output is held to; notes go to the scratch."""
+        theirs, last, notes = source.root.load_block(whole.at, whole.device), [], list[dict[str, Any]]()
+        basis = None if source.basis is None else source.basis().float()
+        tell = lambda path, detail, what="not refitted": notes.append(note(what, f"{source.block_name(small.at)}.{path}", detail))
         made: dict[str, Tensor] = {}
         sites = sites_of(source, block, small)
         named = any(s.name.endswith(".output") for s in sites)  # the table knows which linears write; those of a model that was watched are all tried
@@ -97,25 +106,32 @@ class Refit:
                 if place == "":
                     last.append(path)
                 elif place is not None or named or self.linears == "all":
-                    other = partial(_seen, theirs, path, place, whole)
-                    made |= self._solve(source, block, path, partial(_seen, block, path, place, small), lambda i, rows, other=other: other(i, rows)[1], small)
-        made |= self._experts(block, theirs, small) if self.what == "weights" else {}
+                    other, turned = partial(_seen, theirs, path, place, whole), None if place is None else basis
+                    made |= self._solve(block, path, partial(_seen, block, path, place, small), lambda i, rows, other=other: other(i, rows)[1], small,
+                                        turned, partial(tell, path))  # fmt: skip
+        made |= self._experts(block, theirs, small, tell) if self.what == "weights" else {}
         whole.advance(theirs)
         while whole.at < until:
             whole.advance(source.root.load_block(whole.at, whole.device))
         for path in last:
-            made |= self._solve(source, block, path, partial(_seen, block, path, "", small), lambda i, rows: whole.hidden[rows], small)
+            made |= self._solve(block, path, partial(_seen, block, path, "", small), lambda i, rows: whole.hidden[rows], small, basis,
+                                partial(tell, path))  # fmt: skip
+        scratch.plan(f"notes-{small.at:05d}", lambda: notes)
         return {f"{source.block_name(small.at)}.{local}": t for local, t in made.items()}
 
     @torch.no_grad()
-    def _experts(self, block: nn.Module, theirs: nn.Module, stream: Stream) -> dict[str, Tensor]:
+    def _experts(self, block: nn.Module, theirs: nn.Module, stream: Stream, tell: Callable) -> dict[str, Tensor]:
         """{name: [experts, width, neurons]} of experts that lost neurons, and put into the block; nothing where none did, or where experts are gone."""
         path = next((name for name, m in block.named_modules() if isinstance(m, UnfusedExperts)), None)
-        if path is None or len(ours := block.get_submodule(path)) != len(others := theirs.get_submodule(path)):
+        if path is None:
             return {}
+        ours, others = block.get_submodule(path), theirs.get_submodule(path)
         readers = [e.down_proj for e in ours]
         (m, n), (rows, columns) = readers[0].weight.shape, others[0].down_proj.weight.shape
-        if m != rows or n == columns:  # channels were cut, which are not comparable, or no neuron was
+        if n == columns:
+            return {}
+        if m != rows or len(ours) != len(others):
+            tell(path, f"{len(ours)} experts of {m} channels cannot be compared with {len(others)} of {rows}")
             return {}
         stats = [Stats.zeros(in_features(r), stream.device) for r in readers]
 
@@ -132,25 +148,29 @@ class Refit:
             stream.forward(block, rows, call)
         handle.remove()
         for e, (s, reader) in enumerate(zip(stats, readers, strict=True)):
-            if s.count and not (factor := s.finish().factor(self.damp, False)).failed and s.missing is not None:
+            factor = s.finish().factor(self.damp, False) if s.count else None
+            if factor is None or factor.failed or s.missing is None:
+                tell(f"{path}.{e}.down_proj", f"{s.count} tokens were routed to it" if factor is None else SINGULAR)
+            else:
                 W = get_weight(reader, block.originals.get(f"{path}.{e}.down_proj.weight"))
                 _put(block, f"{path}.{e}.down_proj.weight", W + s.missing @ factor.U.T @ factor.U)
         stored = block.stored[f"{path}.0.down_proj.weight"]
         return {f"{path}.down_proj": torch.stack([r.weight for r in readers]).to(stored)}
 
-    def _solve(self, source: Smaller, block: nn.Module, path: str, seen: Callable, wanted: Callable, stream: Stream) -> dict[str, Tensor]:
-        """The new weight or bias of one linear, put into the block; nothing where the whole model's has other outputs."""
+    def _solve(self, block: nn.Module, path: str, seen: Callable, wanted: Callable, stream: Stream, basis: Tensor | None, tell: Callable
+               ) -> dict[str, Tensor]:  # fmt: skip
+        """The new weight or bias of one linear, put into the block; nothing, with a note, where the whole model's has other outputs or none is found."""
         linear = block.get_submodule(path)
         W = get_weight(linear, block.originals.get(f"{path}.weight"))
         if linear.bias is not None:  # it is the weight of an input that is always 1
             W = torch.cat([W, linear.bias.float()[:, None]], 1)
-        basis = None if source.basis is None else source.basis().float()
         stats, total, count = Stats.zeros(W.shape[1], W.device), torch.zeros(len(W), dtype=torch.float64, device=W.device), 0
         for i, rows in enumerate(stream.batches()):
             (a, s), t = seen(i, rows), wanted(i, rows).to(stream.device)
             if basis is not None and (t.shape[-1], s.shape[-1]) == tuple(basis.shape):
                 t = t.float() @ basis.to(t.device)
             if s.numel() != t.numel():
+                tell(f"it is part of {s.shape[-1]} channels, in the whole model of {t.shape[-1]}")
                 return {}
             a, d = a.flatten(0, -2), (t.float() - s.float().view(t.shape)).flatten(0, -2)
             if stream.mask is not None:
@@ -163,8 +183,14 @@ class Refit:
             made = {f"{path}.bias": (total / count).float() + (0 if linear.bias is None else linear.bias.float())}
         else:
             factor, D = stats.finish().factor(self.damp, False), stats.missing
-            W = W if factor.failed or D is None else W + D @ factor.U.T @ factor.U
-            n = in_features(linear)
+            if stats.dropped:
+                tell(f"{stats.dropped} of {stats.dropped + stats.count} rows of the input were NaN or Inf", "tokens dropped")
+            if factor.failed or D is None:
+                tell(SINGULAR)
+                return {}
+            for f in stats.fallbacks:
+                tell(f["detail"], f["what"])
+            W, n = W + D @ factor.U.T @ factor.U, in_features(linear)
             made = {f"{path}.weight": W[:, :n].T if isinstance(linear, Conv1D) else W[:, :n]} | ({f"{path}.bias": W[:, n]} if W.shape[1] > n else {})
         for local, t in made.items():
             _put(block, local, t)

@@ -66,7 +66,12 @@ class Scratch:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def note(what: str, where: str, detail: str) -> dict[str, Any]:
+    """An entry of a plan's "notes", what did not go as asked: the manifest has them under `fallbacks`."""
+    return {"what": what, "where": where, "count": 1, "detail": detail}
+
+
 def brief(name: str, plan: dict[str, Any]) -> str:
     """A plan in a line, for the screen."""
     say = lambda v: f"{len(v)} entries" if isinstance(v, dict) else [round(x, 5) if isinstance(x, float) else x for x in v] if isinstance(v, list) else v
-    return f"{name}  " + "  ".join(f"{key} {say(value)}" for key, value in plan.items() if value not in ({}, []))
+    return f"{name}  " + "  ".join(f"{key} {say(value)}" for key, value in plan.items() if key != "notes" and value not in ({}, []))

@@ -1,6 +1,6 @@
 """Slice: turn the residual stream into the basis in which it has the least to say in its last directions, and leave these out.
 
-    C = Σ over norms E[x̂ x̂ᵀ],  x̂ = x/rms(x);   C = Q Λ Qᵀ;   readers W ← √(d/k) · W diag(γ) Q_k,   writers W ← Q_kᵀ W,   embeddings E ← E Q_k
+    C = Σ over all norms E[x̂ x̂ᵀ],  x̂ = x/rms(x);   C = Q Λ Qᵀ;   readers W ← √(d/k) · W diag(γ) Q_k,   writers W ← Q_kᵀ W,   embeddings E ← E Q_k
 
 after SliceGPT (Ashkboos et al., arXiv 2401.15024): norm(x Q) = norm(x) Q for orthogonal Q, so turning costs nothing, and Q_k, the first k columns, drops the
 directions of least variance. An RMSNorm of k channels divides by √(k/d) less than the one of d did: readers make up for it. The paper turns every sublayer's
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..arch import table_entry
 from ..checkpoint import Checkpoint, _tied
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..skeleton import heads
 from ..views import Edit, Linear, _add, _along, _fold, _only_linears, _outer, _outputs, nature, parts
 from .smaller import Smaller
@@ -33,6 +33,9 @@ class Slice:
     share: float = 0.25  # of the channels to cut
     multiple: int = 8  # the channels left are a multiple of it, and of the number of heads
     needs_text = True
+
+    def __post_init__(self):
+        at_least(self, share=0, multiple=1)
 
     def measure(self, source: Checkpoint, enter, scratch) -> dict[str, Any]:
         """{"width": channels left, "kept": their share of the variance}; Q lies in the scratch."""
@@ -57,6 +60,9 @@ class Slice:
             stream.at += 1
             for handle in handles:
                 handle.remove()
+        for rows in stream.batches():  # what the final norm reads
+            valid = None if stream.mask is None else stream.mask[rows].flatten().to(stream.device)
+            see(stream.hidden[rows].to(stream.device))
         values, Q = torch.linalg.eigh(C)
         scratch.tensors("slice", lambda: {"Q": Q.flip(1)})
         return {"width": k, "kept": float(values.flip(0)[:k].sum() / values.sum())}
@@ -95,7 +101,8 @@ class Slice:
         arch = table_entry(source.model)
         attention = heads(arch, source.model.get_submodule(source.block_name(0))) if arch else None
         view = Smaller(source, changes={raw: k} | ({"head_dim": attention.dim} if attention else {}), edits=edits)
-        view.basis = basis
+        turned = source.basis if isinstance(source, Smaller) else None  # by an earlier step: from the whole model's channels to those of `source`
+        view.basis = basis if turned is None else (lambda: turned().double() @ basis())
         odd = [n for n, t in view.model.state_dict().items() if t.numel() == source.model.state_dict()[n].numel() and n in edits]
         odd += [n for n, t in view.model.state_dict().items() if t.shape != source.model.state_dict()[n].shape and n not in edits and n in source.groups]
         if odd and k < d:

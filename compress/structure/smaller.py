@@ -22,6 +22,7 @@ from ..errors import CompressError
 from ..skeleton import KEY, heads
 
 Edit = Callable[[Tensor], Tensor]
+WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")  # what configurations call the neurons of an MLP
 
 
 class Smaller(Checkpoint):
@@ -94,16 +95,18 @@ def narrower(source: Checkpoint, blocks: list[dict[str, Any]], edits: dict[str, 
     """`source` with the shapes of skeleton.py in its blocks. Where all are alike and the class has options for it, its plain configuration says so."""
     merged = [old | new for old, new in zip(blocks_of(source), blocks, strict=True)]
     view = Smaller(source, changes={KEY: merged}, edits=edits)
-    if any(fields != merged[0] for fields in merged) or not merged[0].keys() <= {"mlp", "heads"}:
+    said = {key: [fields[key] for fields in merged if key in fields] for key in {k for fields in merged for k in fields}}
+    if not said.keys() <= {"mlp", "heads"} or any(value != values[0] for values in said.values() for value in values):
         return view
     known, changes = source.config.to_dict(), {}
     raw = lambda *names: next((n for n in (source.config.attribute_map.get(n, n) for n in names) if n in known), "")
-    if "mlp" in merged[0]:
-        changes[raw("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")] = merged[0]["mlp"]
-    if "heads" in merged[0]:
+    if "mlp" in said:
+        changes[raw(*WIDTHS)] = said["mlp"][0]
+    if "heads" in said:
+        i = next(i for i, fields in enumerate(merged) if "heads" in fields)
         arch = table_entry(source.model)
-        found = arch and heads(arch, source.model.get_submodule(source.block_name(0)))
-        changes |= dict(zip((raw("num_attention_heads"), raw("num_key_value_heads", "num_kv_heads")), merged[0]["heads"], strict=True))
+        found = arch and heads(arch, source.model.get_submodule(source.block_name(i)))
+        changes |= dict(zip((raw("num_attention_heads"), raw("num_key_value_heads", "num_kv_heads")), said["heads"][0], strict=True))
         changes["head_dim"] = found and found.dim
     try:
         plain = Smaller(source, changes={k: v for k, v in changes.items() if k} | ({KEY: None} if hasattr(source.config, KEY) else {}), edits=edits)

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from ..arch import Arch, table_entry
 from ..checkpoint import Checkpoint
-from ..errors import CompressError
+from ..errors import CompressError, at_least
 from ..skeleton import Heads, Neurons, heads, neurons, shape
 from ..stream import Stream
-from .cost import Cost, units
+from .cost import Cost, clocked, units
 from .importance import By, expert_neurons, experts, scores
 from .smaller import Edit, Smaller, narrower, numbers, picked, spans
 
@@ -46,6 +46,7 @@ class Width:
     cut: tuple[str, ...] = ()  # these neurons and query heads and no others, whatever the shares say: ["3.mlp 0-127", "5.heads 2 3"]
 
     def __post_init__(self):
+        at_least(self, multiple=1)
         for name in ("mlp", "groups", "queries", "experts", "neurons", "budget"):
             if not 0 <= getattr(self, name) < 1:
                 raise CompressError(f"width.{name} = {getattr(self, name)}: a share to cut, from 0 to below 1")
@@ -58,15 +59,25 @@ class Width:
 
     def measure(self, source: Checkpoint, enter, scratch=None) -> dict[str, Any]:
         """{"mlp": {block: kept neurons, as "0-99 103"}, "heads": {block: kept query heads}, "experts": {block: kept experts}, "neurons": {block: those of
-        each kept expert, one behind the other}}."""
+        each kept expert, one behind the other}}; of a latency also "seconds": what was measured, predicted, and measured again."""
         self._check(source)
         if self.cut:
             return self._plan(self._named(source))
         wanted = self.mlp or self.groups or self.queries or self.budget
         found = scores(source, enter, self.by, bool(self.groups or self.queries or self.budget)) if wanted else {}
         inside = expert_neurons(source, enter, self.by) if self.neurons else None
-        stream = enter(source, 2) if self.budget and self.cost == "latency" else None
-        return self._plan(self.chosen(source, found, experts(source, enter) if self.experts else None, inside, stream))
+        timed = self.budget > 0 and self.cost == "latency"
+        costs = self._costs(source, enter(source, 2) if timed else None) if self.budget else None
+        plan = self._plan(self.chosen(source, found, experts(source, enter) if self.experts else None, inside, costs))
+        if timed and costs:
+            smaller = self.apply(source, plan)
+            gone = [{kind: n - after[kind] for kind, n in before.items()} for before, after in zip(_priced(source), _priced(smaller), strict=True)]
+            whole, saved = sum(c[""] for c in costs.values()), sum(costs[i].get(kind, 0.0) * n for i, each in enumerate(gone) for kind, n in each.items())
+            plan["seconds"] = {"blocks": list(costs.values()), "whole": whole, "predicted": whole - saved, "timed": clocked(smaller, enter(smaller, 2))}
+        return plan
+
+    def _costs(self, source: Checkpoint, stream: Stream | None) -> dict[int, dict[str, float]]:
+        return {i: units(source, i, self.cost, stream) for i in range(source.num_blocks)}
 
     def guess(self, source: Checkpoint) -> dict[str, Any]:
         """The first units of every layer, as many as `measure` will keep of all together; a budget of seconds counts as one of parameters."""
@@ -101,8 +112,9 @@ class Width:
     # ---- which units stay
 
     def chosen(self, source: Checkpoint, found: dict[int, dict[str, Tensor]], routed: dict[int, Tensor] | None = None,
-               inside: dict[int, Tensor] | None = None, stream: Stream | None = None) -> dict[str, dict[int, list[int]]]:  # fmt: skip
-        """What stays of units with these scores: {"mlp", "heads", "experts", "neurons"} as in the plan, as numbers. stream: where `latency` is measured."""
+               inside: dict[int, Tensor] | None = None, costs: dict[int, dict[str, float]] | None = None) -> dict[str, dict[int, list[int]]]:  # fmt: skip
+        """What stays of units with these scores: {"mlp", "heads", "experts", "neurons"} as in the plan, as numbers. costs: of every block's units, where a
+        budget counts them otherwise than the model alone tells."""
         left = {i % source.num_blocks for i in self.skip}
         open_ = {i: s for i, s in found.items() if i not in left}
         plan: dict[str, dict[int, list[int]]] = {"mlp": {}, "heads": {}, "experts": {}, "neurons": {}}
@@ -111,7 +123,7 @@ class Width:
         grouped = {i: s["heads"].view(_heads(arch, source, i).groups, -1) for i, s in open_.items() if "heads" in s and not arch.fixed_heads}  # [groups, per]
         stay: dict[int, list[int]] = {}
         if self.budget:
-            plan["mlp"], stay = self._within(source, mlp, {i: s.sum(1) for i, s in grouped.items()}, stream)
+            plan["mlp"], stay = self._within(source, mlp, {i: s.sum(1) for i, s in grouped.items()}, costs or self._costs(source, None))
         elif self.mlp:
             plan["mlp"] = self._threshold(mlp, self.mlp, self.multiple)
         if self.groups or self.queries:
@@ -161,10 +173,9 @@ class Width:
         allowed = round(sum(map(len, units.values())) * (1 - share) / multiple) * multiple
         return _best(units, dict.fromkeys(units, 1.0), dict.fromkeys(units, multiple), allowed)
 
-    def _within(self, source: Checkpoint, mlp: dict[int, Tensor], groups: dict[int, Tensor], stream: Stream | None
+    def _within(self, source: Checkpoint, mlp: dict[int, Tensor], groups: dict[int, Tensor], cost: dict[int, dict[str, float]]
                 ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:  # fmt: skip
         """Neurons and key-value groups that stay, of all layers or of each, whose costs leave `budget` of what the blocks cost."""
-        cost = {i: units(source, i, self.cost, stream) for i in range(source.num_blocks)}
         candidates: dict[Any, Tensor] = {(i, kind): s for kind, found in (("mlp", mlp), ("heads", groups)) for i, s in found.items()}
         price, steps = {key: cost[key[0]][key[1]] for key in candidates}, {key: self.multiple if key[1] == "mlp" else 1 for key in candidates}
         open_, whole = sum(price[key] * len(s) for key, s in candidates.items()), sum(c[""] for c in cost.values())
@@ -195,6 +206,8 @@ class Width:
                                 f"{source.config.model_type} has no routed experts; cut neurons (mlp: …)")  # fmt: skip
         if self.neurons and self.by not in ("flap", "activation", "magnitude"):
             raise CompressError(f"width.neurons: those of experts are scored by flap, activation or magnitude, not by {self.by}")
+        if odd := [i for i in self.skip if not -source.num_blocks <= i < source.num_blocks]:
+            raise CompressError(f"{source.name}: width.skip: {odd[0]} is no block of 0 … {source.num_blocks - 1}, nor one counted from the end")
         units = _units(source)
         if self.mlp and not any("mlp" in u for u in units):
             raise CompressError(f"{source.name}: width.mlp = {self.mlp}: no block of {source.config.model_type} has a dense MLP; cut experts (experts: …)")
@@ -256,6 +269,11 @@ def _units(source: Checkpoint) -> list[dict[str, int]]:
         mlp, attn = neurons(arch, block), heads(arch, block)
         found.append(({"mlp": mlp.width} if mlp else {}) | ({"heads": attn.heads} if attn else {}))
     return found
+
+
+def _priced(source: Checkpoint) -> list[dict[str, int]]:
+    """How many neurons and key-value groups every block has: what a budget counts."""
+    return [{kind: _heads(_arch(source), source, i).groups if kind == "heads" else n for kind, n in each.items()} for i, each in enumerate(_units(source))]
 
 
 # ---- experts
