@@ -37,6 +37,15 @@ from .smaller import Edit, Smaller, blocks_of
 
 
 @dataclass(frozen=True)
+class Beside:
+    """The whole model that a smaller one is held to."""
+
+    whole: Checkpoint
+    origin: list[int]  # block j of the smaller model stands for the blocks from origin[j] up to the next one's
+    basis: Tensor | None  # fp32 [whole's width, width] where the stream was turned and sliced
+
+
+@dataclass(frozen=True)
 class Refit:
     """Solve the linears of a smaller model again, so that its residual stream comes nearest to the whole model's."""
 
@@ -55,23 +64,27 @@ class Refit:
         """{"tensors": {name: file of the scratch}}. Raises CompressError where nothing was made smaller before."""
         if not isinstance(source, Smaller):
             raise CompressError(f"{source.name}: refit: nothing was left out that could be made up for; put it behind a step that does")
-        small, whole = enter(source, 0), enter(source.root, 0)
+        beside = Beside(source.root, source.origin, None if source.basis is None else source.basis().float())
+        return {"tensors": self.travel(source, beside, enter(source, 0), enter(source.root, 0), scratch.tensors)}
+
+    def travel(self, source: Checkpoint, beside: Beside, small: Stream, whole: Stream, kept: Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+               ) -> dict[str, str]:  # fmt: skip
+        """{tensor: the name it is kept under}. `kept(name, make)` gives what `make` makes of a block, or made before."""
         tensors: dict[str, str] = {}
         for j in range(source.num_blocks):
-            while whole.at < source.origin[j]:
-                whole.advance(source.root.load_block(whole.at, whole.device))
-            block, until = source.load_block(j, small.device), source.origin[j + 1] if j + 1 < source.num_blocks else source.root.num_blocks
-            made = scratch.tensors(f"refit-{j:05d}", partial(self._block, source, block, small, whole, until))
+            while whole.at < beside.origin[j]:
+                whole.advance(beside.whole.load_block(whole.at, whole.device))
+            block, until = source.load_block(j, small.device), beside.origin[j + 1] if j + 1 < source.num_blocks else beside.whole.num_blocks
+            made = kept(f"refit-{j:05d}", partial(self._block, source, beside, block, small, whole, until))
             prefix = source.block_name(j) + "."
             for name, t in made.items():
-                local = name.removeprefix(prefix)
-                for part, each in [(local, t)] if t.dim() < 3 else [(local.replace(".down_proj", f".{e}.down_proj.weight"), w) for e, w in enumerate(t)]:
+                for part, each in unfused(name.removeprefix(prefix), t).items():
                     _put(block, part, each)
             tensors |= dict.fromkeys(made, f"refit-{j:05d}")
             small.advance(block)
             del block
             release()
-        return {"tensors": tensors}
+        return tensors
 
     def apply(self, source: Checkpoint, plan: dict[str, Any], scratch=None) -> Checkpoint:
         names, blocks, prefix = source.model.state_dict(), blocks_of(source), source.blocks_path + "."
@@ -81,9 +94,9 @@ class Refit:
         edits: dict[str, Edit] = {name: partial(instead, scratch, file, name) for name, file in plan["tensors"].items()}
         return Smaller(source, changes={KEY: blocks} if any("bias" in b for b in blocks) else {}, edits=edits)
 
-    def _block(self, source: Smaller, block: nn.Module, small: Stream, whole: Stream, until: int) -> dict[str, Tensor]:
+    def _block(self, source: Checkpoint, beside: Beside, block: nn.Module, small: Stream, whole: Stream, until: int) -> dict[str, Tensor]:
         """The new tensors of one block. `whole` moves on to block `until`, whose input is what this block's output is held to."""
-        theirs, last = source.root.load_block(whole.at, whole.device), []
+        theirs, last = beside.whole.load_block(whole.at, whole.device), []
         made: dict[str, Tensor] = {}
         sites = sites_of(source, block, small)
         named = any(s.name.endswith(".output") for s in sites)  # the table knows which linears write; those of a model that was watched are all tried
@@ -97,14 +110,14 @@ class Refit:
                 if place == "":
                     last.append(path)
                 elif place is not None or named or self.linears == "all":
-                    other = partial(_seen, theirs, path, place, whole)
-                    made |= self._solve(source, block, path, partial(_seen, block, path, place, small), lambda i, rows, other=other: other(i, rows)[1], small)
+                    ours, other = (partial(_seen, b, path, place, stream) for b, stream in ((block, small), (theirs, whole)))
+                    made |= self._solve(beside.basis, block, path, ours, lambda i, rows, other=other: other(i, rows)[1], small)
         made |= self._experts(block, theirs, small) if self.what == "weights" else {}
         whole.advance(theirs)
         while whole.at < until:
-            whole.advance(source.root.load_block(whole.at, whole.device))
+            whole.advance(beside.whole.load_block(whole.at, whole.device))
         for path in last:
-            made |= self._solve(source, block, path, partial(_seen, block, path, "", small), lambda i, rows: whole.hidden[rows], small)
+            made |= self._solve(beside.basis, block, path, partial(_seen, block, path, "", small), lambda i, rows: whole.hidden[rows], small)
         return {f"{source.block_name(small.at)}.{local}": t for local, t in made.items()}
 
     @torch.no_grad()
@@ -138,13 +151,12 @@ class Refit:
         stored = block.stored[f"{path}.0.down_proj.weight"]
         return {f"{path}.down_proj": torch.stack([r.weight for r in readers]).to(stored)}
 
-    def _solve(self, source: Smaller, block: nn.Module, path: str, seen: Callable, wanted: Callable, stream: Stream) -> dict[str, Tensor]:
+    def _solve(self, basis: Tensor | None, block: nn.Module, path: str, seen: Callable, wanted: Callable, stream: Stream) -> dict[str, Tensor]:
         """The new weight or bias of one linear, put into the block; nothing where the whole model's has other outputs."""
         linear = block.get_submodule(path)
         W = get_weight(linear, block.originals.get(f"{path}.weight"))
         if linear.bias is not None:  # it is the weight of an input that is always 1
             W = torch.cat([W, linear.bias.float()[:, None]], 1)
-        basis = None if source.basis is None else source.basis().float()
         stats, total, count = Stats.zeros(W.shape[1], W.device), torch.zeros(len(W), dtype=torch.float64, device=W.device), 0
         for i, rows in enumerate(stream.batches()):
             (a, s), t = seen(i, rows), wanted(i, rows).to(stream.device)
@@ -169,6 +181,11 @@ class Refit:
         for local, t in made.items():
             _put(block, local, t)
         return made
+
+
+def unfused(name: str, t: Tensor) -> dict[str, Tensor]:
+    """A tensor, or one for every expert that it holds."""
+    return {name: t} if t.dim() < 3 else {name.replace(".down_proj", f".{e}.down_proj.weight"): w for e, w in enumerate(t)}
 
 
 def instead(scratch, file: str, name: str, t: Tensor) -> Tensor:
