@@ -338,8 +338,8 @@ def strictly(strict: bool, fallbacks: list[dict]) -> None:
 
 def _ours(name: str, known: set[str]) -> bool:
     """Is a file in an output folder one that a run wrote? Notes and results that a user put beside them are not removed."""
-    patterns = ("block-?????.safetensors", "outer-?????.safetensors", "teacher-?????.safetensors", "distilled.safetensors", "healing.safetensors", "*.tmp",
-                *COMPANIONS)  # fmt: skip
+    patterns = ("block-?????.safetensors", "outer-?????.safetensors", "teacher-?????.safetensors", "refit-?????.safetensors", "distilled.safetensors",
+                "healing.safetensors", "*.tmp", *COMPANIONS)  # fmt: skip
     return name in known | {MANIFEST, INDEX, PROBE, "config.json"} or any(fnmatchcase(name, p) for p in patterns)
 
 

@@ -44,6 +44,8 @@ from .healing.losses import distance, divergence, relation, translation
 from .healing.options import Heal
 from .healing.student import Student, shard_of
 from .healing.teacher import Lessons, comparable, matched, remember
+from .stream import Stream
+from .structure.refit import Beside, Refit, Solved, unfused
 from .verification import ArtifactCheckpoint
 from .version import __version__
 from .walk import copy_outer
@@ -79,16 +81,31 @@ def heal(options: Heal, source: Checkpoint, teacher: Checkpoint, data: Calibrati
                     remember(teacher, notebook, lessons, data, top_k=options.top_k, layers=[t for _, t in pairs], states=options.states > 0,
                              relation=options.relation > 0, device=device)  # fmt: skip
             processes.wait_for_everyone()
-            student = Student(options, source, device, seed, [key.removeprefix("relation.") for key in lessons([0], "cpu") if key.startswith("relation.")],
-                              teacher)  # fmt: skip
+            hear = [key.removeprefix("relation.") for key in lessons([0], "cpu") if key.startswith("relation.")]
+            made = partial(Student, options, source, device, seed, hear, teacher)
+            student, solved, notes = made(), dict[str, Tensor](), list[dict]()
+            start = _judged(options, student, lessons, data, judges, processes)
+            if options.refit:
+                del student  # one at a time
+                solved, told = _refitted(source, teacher, data, windows - judges, lessons.batch, folder, writer, processes, device)
+                student = made(solved)
+                then = _judged(options, student, lessons, data, judges, processes)
+                progress.line(f"healing: refit on {windows - judges} windows, held-out KL {start:.5f} → {then:.5f}", show=show and processes.is_main_process)
+                notes += told if then < start else []
+                if then >= start:
+                    del student
+                    student, solved = made(), {}
+                    notes.append({"what": "refit undone", "where": "model", "count": 1, "detail": f"held-out KL {start:.3e} would have been {then:.3e}"})
             head = lambda model: model.get_output_embeddings().weight
             turn = translation(head(student.model), head(teacher.load_outer(device, embeddings=False))) if options.states else None
-            formats, training, notes = _train(options, student, lessons, data, pairs, turn, judges, folder, writer, processes, seed=seed, show=show)
+            formats, training, more = _train(options, student, lessons, data, pairs, turn, judges, folder, writer, processes, seed=seed, show=show)
+            training["healing"][0] = start
             if writer:
-                strictly(strict, data.fallbacks + notes)
-                _write(source, student, formats, writer, training, data.fallbacks + notes, data, seed)
+                strictly(strict, data.fallbacks + notes + more)
+                _write(source, student, formats, solved, writer, training, data.fallbacks + notes + more, data, seed)
         if writer:
-            writer.remove(STATE)
+            for shard in (STATE, *(f"refit-{i:05d}" for i in range(source.num_blocks))):
+                writer.remove(shard)
             if not cache and book.is_dir():
                 shutil.rmtree(book)
         processes.wait_for_everyone()
@@ -116,44 +133,83 @@ def _pairs(options: Heal, source: Checkpoint, teacher: Checkpoint, tokens: Tenso
     return [(s, match[s]) for s in (round((k + 1) * len(match) / count) - 1 for k in range(count))]
 
 
+def _real(data: CalibrationSet, rows: list[int]) -> int:
+    return data.tokens[rows].numel() if data.mask is None else int(data.mask[rows].sum())
+
+
+@torch.no_grad()
+def _judged(options: Heal, student: Student, lessons: Lessons, data: CalibrationSet, judges: int, processes: PartialState) -> float:
+    """The divergence alone, a token of the last windows, all processes together."""
+    held = list(range(len(data.tokens) - judges, len(data.tokens)))
+    mine, total = held[processes.process_index :: processes.num_processes], torch.zeros(1, dtype=torch.float64, device=student.device)
+    for i in range(0, len(mine), options.micro):
+        rows = mine[i : i + options.micro]
+        lesson, mask = lessons(rows, student.device), None if data.mask is None else data.mask[rows]
+        each = divergence(lesson["ids"], lesson["log_p"], student.logits(data.tokens[rows], mask))
+        total += (each if mask is None else each[mask.to(each.device)]).sum()
+    return float(_together(total, processes)) / _real(data, held)
+
+
+def _together(values: Tensor, processes: PartialState) -> Tensor:
+    if processes.num_processes > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def _refitted(source: Checkpoint, teacher: Checkpoint, data: CalibrationSet, windows: int, batch: int, folder: Path, writer: Writer | None,
+              processes: PartialState, device: str) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:  # fmt: skip
+    """Tensors of a plain model, and notes, solved so that its residual stream comes nearest to the teacher's (structure/refit.py) on the first `windows`.
+
+    The recipe that made it did so on the windows that it chose with; these are as many as train. Block by block they lie in shards beside the state.
+    """
+    if isinstance(source, ArtifactCheckpoint) and not source.manifest.plain:
+        raise CompressError(f"{source.name}: heal.refit solves the dense weights of a plain model, and these are stored in other formats; leave it out")
+    shards = [f"refit-{i:05d}" for i in range(source.num_blocks)]
+    if writer and not all(map(writer.header, shards)):
+        plain = Checkpoint(str(source.path), dtype=source.dtype, trust_remote_code=source.trust_remote_code)
+        match = matched(plain, teacher, data.tokens[:1], device)
+        ours, theirs = (c.load_outer(device, head=False).get_input_embeddings().weight.double() for c in (plain, teacher))
+        basis = None if ours.shape == theirs.shape and torch.equal(ours, theirs) else torch.linalg.solve(theirs.T @ theirs, theirs.T @ ours).float()
+
+        def kept(shard: str, make: Solved) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+            if (header := writer.header(shard)) is None:
+                tensors, notes = make()
+                header = writer.commit(shard, tensors, {}, notes)
+            return writer.read(shard), header["fallbacks"]
+
+        mask = None if data.mask is None else data.mask[:windows]
+        small, whole = (Stream(c, data.tokens[:windows], mask, batch=batch, device=device, folder=folder.parent) for c in (plain, teacher))
+        Refit().travel(plain, Beside(teacher, [0, *(m + 1 for m in match[:-1])], basis), small, whole, kept)
+    processes.wait_for_everyone()
+    solved: dict[str, Tensor] = {}
+    for shard in shards:
+        with safe_open(folder / f"{shard}.safetensors", framework="pt") as f:
+            for name in f.keys():  # noqa: SIM118
+                t = f.get_tensor(name).clone()
+                solved |= {name: t} | unfused(name, t)
+    return solved, [note for shard in shards for note in writer.header(shard)["fallbacks"]] if writer else []  # type: ignore[index]
+
+
 def _train(options: Heal, student: Student, lessons: Lessons, data: CalibrationSet, pairs: list[tuple[int, int]], turn: Tensor | None, judges: int,
            folder: Path, writer: Writer | None, processes: PartialState, *, seed: int, show: bool
            ) -> tuple[dict[str, Format], dict[str, list[float]], list[dict]]:  # fmt: skip
     """The loop. Leaves the best student, finished; returns its formats (none where healing was undone), the curves, and what did not go as asked."""
     rank, world, windows = processes.process_index, processes.num_processes, len(data.tokens)
-    held = list(range(windows - judges, windows))
     say = partial(progress.line, show=show and processes.is_main_process)
+    judged = partial(_judged, options, student, lessons, data, judges, processes)
 
-    def real(rows: list[int]) -> int:
-        return data.tokens[rows].numel() if data.mask is None else int(data.mask[rows].sum())
-
-    def together(values: Tensor) -> Tensor:
-        if world > 1:
-            torch.distributed.all_reduce(values)
-        return values
-
-    def loss(rows: list[int], judging: bool = False) -> Tensor:
-        """The sum over the real tokens of these windows; judging counts the divergence alone."""
+    def loss(rows: list[int]) -> Tensor:
+        """The sum over the real tokens of these windows."""
         lesson, mask = lessons(rows, student.device), None if data.mask is None else data.mask[rows]
-        each = divergence(lesson["ids"], lesson["log_p"], student.logits(data.tokens[rows], mask))  # [b, t]
-        if not judging:
-            each = options.kl * each
-            if turn is not None:
-                each = each + options.states * distance(student.read["state"], lesson["state"].float() @ turn)
-            for s, t in pairs:
-                each = each + options.hidden / len(pairs) * distance(student.seen[s], lesson[f"hidden.{t}"])
-            for path, y in student.heard.items():
-                x = lesson[f"relation.{path}"]
-                each = each + options.relation / len(student.heard) * relation(y, x, math.gcd(options.heads, x.shape[-1], y.shape[-1]))
+        each = options.kl * divergence(lesson["ids"], lesson["log_p"], student.logits(data.tokens[rows], mask))  # [b, t]
+        if turn is not None:
+            each = each + options.states * distance(student.read["state"], lesson["state"].float() @ turn)
+        for s, t in pairs:
+            each = each + options.hidden / len(pairs) * distance(student.seen[s], lesson[f"hidden.{t}"])
+        for path, y in student.heard.items():
+            x = lesson[f"relation.{path}"]
+            each = each + options.relation / len(student.heard) * relation(y, x, math.gcd(options.heads, x.shape[-1], y.shape[-1]))
         return (each if mask is None else each[mask.to(each.device)]).sum()
-
-    @torch.no_grad()
-    def judged() -> float:
-        mine = held[rank::world]
-        total = torch.zeros(1, dtype=torch.float64, device=student.device)
-        for i in range(0, len(mine), options.micro):
-            total += loss(mine[i : i + options.micro], judging=True)
-        return float(together(total)) / real(held)
 
     speed = {"A": options.lr, "B": options.lr, "P": options.weight_lr, "p": options.weight_lr}  # by what an adapter calls it; all else is a scale or a norm
     groups: dict[float, list[Tensor]] = {}
@@ -169,11 +225,11 @@ def _train(options: Heal, student: Student, lessons: Lessons, data: CalibrationS
         mine, value = rows[rank::world], torch.zeros(1, device=student.device)
         with torch.enable_grad():
             for i in range(0, len(mine), options.micro):
-                part = loss(mine[i : i + options.micro]) / real(rows)
+                part = loss(mine[i : i + options.micro]) / _real(data, rows)
                 part.backward()
                 value += part.detach()
         gradients = student.gradients()
-        flat = together(torch.cat([value, *(g.flatten() for g in gradients)]))
+        flat = _together(torch.cat([value, *(g.flatten() for g in gradients)]), processes)
         if not torch.isfinite(flat).all():
             raise CompressError(f"heal: the loss or a gradient is not finite at step {step + 1}; try --set lr={options.lr / 4:g} or --dtype float32")
         flat[1:] *= LONGEST / max(float(flat[1:].norm()), LONGEST)
@@ -259,8 +315,8 @@ def _resume(student: Student, adam: torch.optim.Adam, folder: Path, writer: Writ
     return header["training"]["losses"], header["training"]["looks"], best
 
 
-def _write(source: Checkpoint, student: Student, formats: dict[str, Format], writer: Writer, training: dict[str, list[float]], notes: list[dict],
-           data: CalibrationSet, seed: int) -> None:  # fmt: skip
+def _write(source: Checkpoint, student: Student, formats: dict[str, Format], solved: dict[str, Tensor], writer: Writer, training: dict[str, list[float]],
+           notes: list[dict], data: CalibrationSet, seed: int) -> None:  # fmt: skip
     """The healed blocks, what lies outside as it is, and the manifest. Linears of a plain checkpoint that are dense again are stored as plain weights."""
     headers: dict[str, dict] = {}
     manifest = source.manifest if isinstance(source, ArtifactCheckpoint) else None
@@ -278,7 +334,7 @@ def _write(source: Checkpoint, student: Student, formats: dict[str, Format], wri
     plain = manifest is not None and manifest.plain and all(isinstance(f, Dense) for f in formats.values())  # transformers will still load it
     names = spelling(source.model) if plain and fused_experts(source.model) else {}
     for i in range(source.num_blocks):
-        tensors, layers, before = shard_of(source, i)
+        tensors, layers, before = shard_of(source, i, solved)
         for path, old in before.items() if formats else ():
             weight = formats[path]
             if path not in layers and isinstance(weight, Dense):

@@ -206,15 +206,17 @@ def make(source: Checkpoint, recipe: Recipe, *, samples: int = 128, seqlen: int 
 
 def healing(options: Heal, source: Checkpoint, shapes: list[tuple[int, int]]) -> tuple[float, int]:
     """(operations, bytes) of training a compressed model with these linears [out, in] towards its original, about: the model in the precision to compute
-    in, what learns in fp32 with gradients, Adam's moments and the best state, and what a micro-batch leaves for the way back."""
+    in, what learns in fp32 with gradients, Adam's moments and the best state, and what a micro-batch leaves for the way back; or both streams of a refit."""
     vocabulary, width = source.model.get_input_embeddings().weight.shape
     dense, adapters = sum(m * n for m, n in shapes), sum(options.rank * (m + n) for m, n in shapes)
     learning = {"weights": dense, "lora": adapters, "scales": dense // 64}[options.train]
     passes = 6.0 * options.steps * options.batch + 2.0 * options.samples * (1 + options.held_out * options.steps / options.every)
+    passes += 12.0 * options.samples * options.refit  # a block goes three times through either model, and moments of what it reads are added up
     kept = sum(m + n for m, n in shapes) * source.dtype.itemsize // (source.num_blocks if options.checkpointing else 1)
     tokens = options.micro * options.seqlen
     model = sum(e.nbytes for e in source.entries.values()) * source.dtype.itemsize // source.stored_dtype.itemsize
-    return passes * options.seqlen * (dense + vocabulary * width), model + 20 * learning + tokens * (kept + 16 * vocabulary)
+    streams = options.refit * (2 * options.samples * options.seqlen * width * source.dtype.itemsize + 2 * model // source.num_blocks)  # and a block of each
+    return passes * options.seqlen * (dense + vocabulary * width), max(streams, model + 20 * learning + tokens * (kept + 16 * vocabulary))
 
 
 def held(compressed: int, original: int, nbytes: int, vocabulary: int, itemsize: int = 4) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 import compress
+from compress.calibration.data import CalibrationSet, load_calibration
 from compress.calibration.statistics import Stats
 from compress.checkpoint import Checkpoint
 from compress.embedded import model_path
@@ -318,6 +319,36 @@ def test_relations_are_those_of_queries_of_keys_and_of_values(name, tmp_path):
         assert len(report.manifest.training["healing loss"]) == 2
 
 
+@pytest.mark.parametrize("cut", [{"drop": {"blocks": [1]}}, {"slice": {"share": 0.25}}, {"width": {"mlp": 0.25, "across": "layer"}}], ids=str)
+def test_refit_is_the_recipes_on_the_windows_that_train(cut, tmp_path):
+    """Least squares of healing against the step `refit` of a recipe, which knows what was taken out; healing finds it out from the two models."""
+    data = load_calibration("stdlib", Checkpoint(model_path()).tokenizer(), samples=160, seqlen=64)
+    seen = CalibrationSet(data.tokens[:152], None, 0, data.record)
+    go = lambda out, *steps: compress.run(model_path(), {"name": "row", "structure": [cut, *steps]}, seen, tmp_path / out, dtype="float32", **QUIET)
+    asked = go("asked", "refit")
+    go("bare")
+    options = SMALL | {"steps": 0, "refit": True}
+    report = compress.heal(str(tmp_path / "bare"), model_path(), data, tmp_path / "healed", options=options, dtype="float32", **QUIET)
+    before, after = report.manifest.training["healing"]
+    print(before, after, [f.detail for f in report.fallbacks])
+    assert after < 0.9 * before and [f.what for f in report.fallbacks] == ["healing undone"] and report.manifest.plain
+    healed, wanted, bare = (ArtifactCheckpoint(tmp_path / out, compress.inspect(str(tmp_path / out))) for out in ("healed", "asked", "bare"))
+    names = [n for n in asked.manifest.tensors if n.endswith("proj.weight")]
+    assert compress.verify(str(tmp_path / "healed")).ok and names
+    for name in names:
+        W, found, was = (c.read_stored(name).float() for c in (wanted, healed, bare))
+        assert torch.equal(was, W) or (found - W).norm() < 0.02 * (W - was).norm()  # windows are added up in batches of another size
+        assert not torch.equal(was, W) or torch.equal(found, W)
+    assert not list((tmp_path / "healed").glob("refit-*")) and not (tmp_path / "healed.teacher").exists()
+
+
+def test_refit_is_undone_where_it_wins_nothing_and_refused_where_there_is_nothing_to_solve(bad, tmp_path):
+    with pytest.raises(CompressError, match="refit solves the dense weights of a plain model"):
+        heal(bad, tmp_path / "a", refit=True)
+    report = heal(model_path(), tmp_path / "b", refit=True, steps=0)  # the original itself has nothing to make up for
+    assert [f.what for f in report.fallbacks] == ["refit undone", "healing undone"]
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mixtral"])
 def test_other_architectures(name, tmp_path):
     tiny.save_tiny(name, tmp_path / "model")
@@ -396,8 +427,8 @@ def test_a_smaller_model_stays_plain_when_healed(name, tmp_path):
 # ---- kill -9
 
 
-def command(bad, out, steps=20):
-    settings = [f"--set={k}={v}" for k, v in SMALL.items() if k not in ("steps", "samples", "seqlen")]
+def command(bad, out, steps=20, **more):
+    settings = [f"--set={k}={v}" for k, v in (SMALL | more).items() if k not in ("steps", "samples", "seqlen")]
     return [sys.executable, "-m", "compress", "heal", str(bad), "--teacher", str(model_path()), "-o", str(out), "--samples", "40", "--seqlen", "64",
             "--steps", str(steps), *settings, "--device", "cpu"]  # fmt: skip
 
@@ -420,6 +451,19 @@ def test_killed_it_resumes_with_the_same_curve_and_the_same_bytes(bad, tmp_path,
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     resumed()
     assert "healing" not in capsys.readouterr().err
+
+
+def test_killed_while_it_refits_it_comes_to_the_same_bytes(dropped, tmp_path):
+    options = {"refit": True, "steps": 5, "train": "weights"}
+    whole, out = heal(dropped, tmp_path / "whole", **options), tmp_path / "killed"
+    process = subprocess.Popen(command(dropped, out, **options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out / "refit-00000.safetensors").exists():
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (out / "healing.safetensors").exists()
+    report = heal(dropped, out, **options)
+    assert report.manifest.training == whole.manifest.training
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
 
 
 @pytest.mark.slow

@@ -29,8 +29,8 @@ from .options import Heal
 from .teacher import parts
 
 
-def shard_of(source: Checkpoint, i: int) -> tuple[dict[str, Tensor], dict[str, LayerRecord], dict[str, Format]]:
-    """Block i as a shard holds it, the records of its layers, and the format of every linear that can learn, by path."""
+def shard_of(source: Checkpoint, i: int, solved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, LayerRecord], dict[str, Format]]:
+    """Block i as a shard holds it, the records of its layers, and the format of every linear that can learn, by path. solved: tensors in place of its own."""
     name, artifact = source.block_name(i), source if isinstance(source, ArtifactCheckpoint) and not source.manifest.plain else None
     if artifact:
         tensors = {key: source.read_stored(key) for key, t in artifact.manifest.tensors.items() if t.shard == f"block-{i:05d}.safetensors"}
@@ -40,6 +40,7 @@ def shard_of(source: Checkpoint, i: int) -> tuple[dict[str, Tensor], dict[str, L
     block = source.load_block(i)
     if not artifact:
         tensors = block_tensors(block, name, {}, {})
+    tensors |= {key: solved[key].to(t.dtype) for key, t in tensors.items() if key in solved}
     skip = routers(block)
     linears = {f"{name}.{path}": m for path, m in block.named_modules() if isinstance(m, LINEARS) and path not in skip}
     return tensors, {}, {path: Dense(W.T.contiguous() if isinstance(m, Conv1D) else W) for path, m in linears.items() for W in [tensors[f"{path}.weight"]]}
@@ -67,9 +68,11 @@ class Student:
     """hear: linears of the last block whose outputs are wanted, by their paths in it, or parts of these (teacher.py). Raises CompressError where one is not
     there.
 
-    teacher: the original, of which weights are read where codes learn (`train: weights`) and both have as many blocks."""
+    teacher: the original, of which weights are read where codes learn (`train: weights`) and both have as many blocks. solved: tensors of a plain source
+    that are others from the start."""
 
-    def __init__(self, options: Heal, source: Checkpoint, device: str, seed: int, hear: list[str], teacher: Checkpoint | None = None):
+    def __init__(self, options: Heal, source: Checkpoint, device: str, seed: int, hear: list[str], teacher: Checkpoint | None = None,
+                 solved: dict[str, Tensor] | None = None):  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         self.device, self.model = device, source.load_outer(device)
         self.formats, self.stored = dict[str, Format](), dict[str, torch.dtype]()
@@ -77,7 +80,10 @@ class Student:
         self.place: nn.ModuleList = self.model.get_submodule(source.blocks_path)  # type: ignore[assignment]
         for i, block in enumerate(self.blocks):
             self.place[i] = block
-            tensors, _, formats = shard_of(source, i)
+            for name, p in block.named_parameters(prefix=source.block_name(i)) if solved else ():
+                if name in solved:
+                    p.data.copy_(solved[name])
+            tensors, _, formats = shard_of(source, i, solved or {})
             self.formats |= formats
             self.stored |= {name: t.dtype for name, t in tensors.items()}
         self.model.requires_grad_(False)

@@ -39,6 +39,18 @@ from .smaller import Edit, Smaller, blocks_of
 SINGULAR = "what it reads has no second moments that could be inverted"
 
 
+Solved = Callable[[], tuple[dict[str, Tensor], list[dict[str, Any]]]]  # what makes the new tensors of a block, and notes
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The whole model that a smaller one is held to."""
+
+    whole: Checkpoint
+    origin: list[int]  # block j of the smaller model stands for the blocks from origin[j] up to the next one's
+    basis: Tensor | None  # fp32 [whole's width, width] where the stream was turned and sliced
+
+
 @dataclass(frozen=True)
 class Refit:
     """Solve the linears of a smaller model again, so that its residual stream comes nearest to the whole model's."""
@@ -58,27 +70,43 @@ class Refit:
         """{"tensors": {name: file of the scratch}, "notes"}. Raises CompressError where nothing was made smaller before, or nothing could be solved."""
         if not isinstance(source, Smaller):
             raise CompressError(f"{source.name}: refit: nothing was left out that could be made up for; put it behind a step that does")
-        small, whole = enter(source, 0), enter(source.root, 0)
+        beside = Beside(source.root, source.origin, None if source.basis is None else source.basis().float())
+
+        def kept(name: str, make: Solved) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+            notes: list[dict[str, Any]] = []
+
+            def tensors() -> dict[str, Tensor]:
+                made, told = make()
+                notes.extend(scratch.plan(f"{name}.notes", lambda: told))
+                return made
+
+            return scratch.tensors(name, tensors), notes or scratch.plan(f"{name}.notes", list)
+
+        tensors, notes = self.travel(source, beside, enter(source, 0), enter(source.root, 0), kept)
+        if not tensors:
+            told = f"{notes[0]['where']}: {notes[0]['detail']}" if notes else "it has no linear that writes to the stream"
+            raise CompressError(f"{source.name}: refit: nothing could be solved ({told}); leave refit out")
+        return {"tensors": tensors, "notes": notes}
+
+    def travel(self, source: Checkpoint, beside: Beside, small: Stream, whole: Stream, kept: Callable[[str, Solved], tuple[dict[str, Tensor], list]]
+               ) -> tuple[dict[str, str], list[dict[str, Any]]]:  # fmt: skip
+        """{tensor: the name it is kept under}, and notes. `kept(name, make)` gives what `make` makes of a block, or made before."""
         tensors, notes = dict[str, str](), list[dict[str, Any]]()
         for j in range(source.num_blocks):
-            while whole.at < source.origin[j]:
-                whole.advance(source.root.load_block(whole.at, whole.device))
-            block, until = source.load_block(j, small.device), source.origin[j + 1] if j + 1 < source.num_blocks else source.root.num_blocks
-            made = scratch.tensors(f"refit-{j:05d}", partial(self._block, source, block, small, whole, until, scratch))
-            notes += scratch.plan(f"notes-{j:05d}", list)
+            while whole.at < beside.origin[j]:
+                whole.advance(beside.whole.load_block(whole.at, whole.device))
+            block, until = source.load_block(j, small.device), beside.origin[j + 1] if j + 1 < source.num_blocks else beside.whole.num_blocks
+            made, told = kept(f"refit-{j:05d}", partial(self._block, source, beside, block, small, whole, until))
+            notes += told
             prefix = source.block_name(j) + "."
             for name, t in made.items():
-                local = name.removeprefix(prefix)
-                for part, each in [(local, t)] if t.dim() < 3 else [(local.replace(".down_proj", f".{e}.down_proj.weight"), w) for e, w in enumerate(t)]:
+                for part, each in unfused(name.removeprefix(prefix), t).items():
                     _put(block, part, each)
             tensors |= dict.fromkeys(made, f"refit-{j:05d}")
             small.advance(block)
             del block
             release()
-        if not tensors:
-            told = f"{notes[0]['where']}: {notes[0]['detail']}" if notes else "it has no linear that writes to the stream"
-            raise CompressError(f"{source.name}: refit: nothing could be solved ({told}); leave refit out")
-        return {"tensors": tensors, "notes": notes}
+        return tensors, notes
 
     def apply(self, source: Checkpoint, plan: dict[str, Any], scratch=None) -> Checkpoint:
         names, blocks, prefix = source.model.state_dict(), blocks_of(source), source.blocks_path + "."
@@ -88,10 +116,10 @@ class Refit:
         edits: dict[str, Edit] = {name: partial(instead, scratch, file, name) for name, file in plan["tensors"].items()}
         return Smaller(source, changes={KEY: blocks} if any("bias" in b for b in blocks) else {}, edits=edits)
 
-    def _block(self, source: Smaller, block: nn.Module, small: Stream, whole: Stream, until: int, scratch) -> dict[str, Tensor]:
-        """The new tensors of one block. `whole` moves on to block `until`, whose input is what this block's output is held to; notes go to the scratch."""
-        theirs, last, notes = source.root.load_block(whole.at, whole.device), [], list[dict[str, Any]]()
-        basis = None if source.basis is None else source.basis().float()
+    def _block(self, source: Checkpoint, beside: Beside, block: nn.Module, small: Stream, whole: Stream, until: int
+               ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:  # fmt: skip
+        """The new tensors of one block, and notes. `whole` moves on to block `until`, whose input is what this block's output is held to."""
+        theirs, last, notes = beside.whole.load_block(whole.at, whole.device), [], list[dict[str, Any]]()
         tell = lambda path, detail, what="not refitted": notes.append(note(what, f"{source.block_name(small.at)}.{path}", detail))
         made: dict[str, Tensor] = {}
         sites = sites_of(source, block, small)
@@ -106,18 +134,17 @@ class Refit:
                 if place == "":
                     last.append(path)
                 elif place is not None or named or self.linears == "all":
-                    other, turned = partial(_seen, theirs, path, place, whole), None if place is None else basis
-                    made |= self._solve(block, path, partial(_seen, block, path, place, small), lambda i, rows, other=other: other(i, rows)[1], small,
-                                        turned, partial(tell, path))  # fmt: skip
+                    ours, other = (partial(_seen, b, path, place, stream) for b, stream in ((block, small), (theirs, whole)))
+                    made |= self._solve(block, path, ours, lambda i, rows, other=other: other(i, rows)[1], small, None if place is None else beside.basis,
+                                        partial(tell, path))  # fmt: skip
         made |= self._experts(block, theirs, small, tell) if self.what == "weights" else {}
         whole.advance(theirs)
         while whole.at < until:
-            whole.advance(source.root.load_block(whole.at, whole.device))
+            whole.advance(beside.whole.load_block(whole.at, whole.device))
         for path in last:
-            made |= self._solve(block, path, partial(_seen, block, path, "", small), lambda i, rows: whole.hidden[rows], small, basis,
+            made |= self._solve(block, path, partial(_seen, block, path, "", small), lambda i, rows: whole.hidden[rows], small, beside.basis,
                                 partial(tell, path))  # fmt: skip
-        scratch.plan(f"notes-{small.at:05d}", lambda: notes)
-        return {f"{source.block_name(small.at)}.{local}": t for local, t in made.items()}
+        return {f"{source.block_name(small.at)}.{local}": t for local, t in made.items()}, notes
 
     @torch.no_grad()
     def _experts(self, block: nn.Module, theirs: nn.Module, stream: Stream, tell: Callable) -> dict[str, Tensor]:
@@ -195,6 +222,11 @@ class Refit:
         for local, t in made.items():
             _put(block, local, t)
         return made
+
+
+def unfused(name: str, t: Tensor) -> dict[str, Tensor]:
+    """A tensor, or one for every expert that it holds."""
+    return {name: t} if t.dim() < 3 else {name.replace(".down_proj", f".{e}.down_proj.weight"): w for e, w in enumerate(t)}
 
 
 def instead(scratch, file: str, name: str, t: Tensor) -> Tensor:
