@@ -43,7 +43,7 @@ from .healing.adapters import Frozen
 from .healing.losses import distance, divergence, relation, translation
 from .healing.options import Heal
 from .healing.student import Student, shard_of
-from .healing.teacher import Lessons, comparable, matched, remember
+from .healing.teacher import Lessons, comparable, descent, matched, remember
 from .stream import Stream
 from .structure.refit import Beside, Refit, Solved, unfused
 from .verification import ArtifactCheckpoint
@@ -167,7 +167,6 @@ def _refitted(source: Checkpoint, teacher: Checkpoint, data: CalibrationSet, win
     shards = [f"refit-{i:05d}" for i in range(source.num_blocks)]
     if writer and not all(map(writer.header, shards)):
         plain = Checkpoint(str(source.path), dtype=source.dtype, trust_remote_code=source.trust_remote_code)
-        match = matched(plain, teacher, data.tokens[:1], device)
         ours, theirs = (c.load_outer(device, head=False).get_input_embeddings().weight.double() for c in (plain, teacher))
         basis = None if ours.shape == theirs.shape and torch.equal(ours, theirs) else torch.linalg.solve(theirs.T @ theirs, theirs.T @ ours).float()
 
@@ -179,7 +178,7 @@ def _refitted(source: Checkpoint, teacher: Checkpoint, data: CalibrationSet, win
 
         mask = None if data.mask is None else data.mask[:windows]
         small, whole = (Stream(c, data.tokens[:windows], mask, batch=batch, device=device, folder=folder.parent) for c in (plain, teacher))
-        Refit().travel(plain, Beside(teacher, [0, *(m + 1 for m in match[:-1])], basis), small, whole, kept)
+        Refit().travel(plain, Beside(teacher, descent(plain, teacher, device), basis), small, whole, kept)
     processes.wait_for_everyone()
     solved: dict[str, Tensor] = {}
     for shard in shards:

@@ -73,17 +73,17 @@ class Student:
 
     def __init__(self, options: Heal, source: Checkpoint, device: str, seed: int, hear: list[str], teacher: Checkpoint | None = None,
                  solved: dict[str, Tensor] | None = None):  # fmt: skip
-        generator = torch.Generator().manual_seed(seed)
+        generator, solved = torch.Generator().manual_seed(seed), solved or {}
         self.device, self.model = device, source.load_outer(device)
         self.formats, self.stored = dict[str, Format](), dict[str, torch.dtype]()
         self.blocks: list[nn.Module] = [source.load_block(i, device) for i in range(source.num_blocks)]
         self.place: nn.ModuleList = self.model.get_submodule(source.blocks_path)  # type: ignore[assignment]
         for i, block in enumerate(self.blocks):
             self.place[i] = block
-            for name, p in block.named_parameters(prefix=source.block_name(i)) if solved else ():
+            for name, p in block.named_parameters(prefix=source.block_name(i)):
                 if name in solved:
                     p.data.copy_(solved[name])
-            tensors, _, formats = shard_of(source, i, solved or {})
+            tensors, _, formats = shard_of(source, i, solved)
             self.formats |= formats
             self.stored |= {name: t.dtype for name, t in tensors.items()}
         self.model.requires_grad_(False)

@@ -25,7 +25,9 @@ from ..errors import CompressError
 from ..skeleton import heads, shape
 from ..stream import Stream
 from ..walk import sites_of
-from .losses import likeliest
+from .losses import LEAST, likeliest
+
+SIGNATURE = 4096  # numbers of a tensor by which a block is known again
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,35 @@ def matched(student: Checkpoint, teacher: Checkpoint, tokens: Tensor, device: st
     comparable(student, teacher)
     ours, theirs = _states(student, tokens, device), _states(teacher, tokens, device)
     cost = torch.tensor([[float((a - b).square().mean() / b.square().mean()) for b in theirs] for a in ours], dtype=torch.float64)
+    return _increasing(cost, all_of - 1)
+
+
+def descent(student: Checkpoint, teacher: Checkpoint, device: str) -> list[int]:
+    """For each block of the student the block of the teacher that it was made of: the increasing assignment with the least distance between weights.
+
+    Of every tensor whose shape is still the same the first numbers are compared. Raises CompressError where no shape is.
+    """
+    depth, all_of = student.num_blocks, teacher.num_blocks
+    if depth == all_of:
+        return list(range(depth))
+    ours, theirs = ([{n: t.flatten()[:SIGNATURE].double() for n, t in c.load_block(i, device).state_dict().items()} for i in range(c.num_blocks)]
+                    for c in (student, teacher))  # fmt: skip
+    shapes = [{n: t.shape for n, t in c.model.get_submodule(c.block_name(0)).state_dict().items()} for c in (student, teacher)]
+    alike = [n for n in shapes[0] if shapes[0][n] == shapes[1].get(n)]
+    if depth > all_of or not alike:
+        raise CompressError(f"{student.name}: its {depth} blocks cannot be told to be any of the {all_of} of {teacher.name}; leave refit out")
+    cost = torch.tensor([[sum(float((a[n] - b[n]).norm() / b[n].norm().clamp(min=LEAST)) for n in alike) for b in theirs] for a in ours], dtype=torch.float64)
+    return _increasing(cost, None)
+
+
+def _increasing(cost: Tensor, end: int | None) -> list[int]:
+    """The increasing assignment of rows to columns of cost [n, m ≥ n] with the least sum, the last row to column `end` if there is one."""
     best, came = cost[0].clone(), []
     for row in cost[1:]:
-        before, at = best.cummin(0)  # the best end at a block up to this one
+        before, at = best.cummin(0)  # the best end at a column up to this one
         came.append(torch.cat([at[:1], at[:-1]]))
         best = row + torch.cat([torch.full((1,), torch.inf, dtype=torch.float64), before[:-1]])
-    ends = [all_of - 1]
+    ends = [int(best.argmin()) if end is None else end]
     for at in reversed(came):
         ends.append(int(at[ends[-1]]))
     return ends[::-1]
