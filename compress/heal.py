@@ -96,8 +96,7 @@ def heal(options: Heal, source: Checkpoint, teacher: Checkpoint, data: Calibrati
                     del student
                     student, solved = made(), {}
                     notes.append({"what": "refit undone", "where": "model", "count": 1, "detail": f"held-out KL {start:.3e} would have been {then:.3e}"})
-            head = lambda model: model.get_output_embeddings().weight
-            turn = translation(head(student.model), head(teacher.load_outer(device, embeddings=False))) if options.states else None
+            turn = translation(student.head, teacher.load_outer(device, embeddings=False).get_output_embeddings().weight) if options.states else None
             formats, training, more = _train(options, student, lessons, data, pairs, turn, judges, folder, writer, processes, seed=seed, show=show)
             training["healing"][0] = start
             if writer:
@@ -321,13 +320,16 @@ def _write(source: Checkpoint, student: Student, formats: dict[str, Format], sol
     manifest = source.manifest if isinstance(source, ArtifactCheckpoint) else None
     notes = [f.model_dump() for f in manifest.fallbacks] + notes if manifest else notes
     training = (manifest.training if manifest else {}) | training
+    head = f"{student.learned_head}.weight"
+    new = {head: formats[student.learned_head].weight} if formats and student.learned_head else {}  # type: ignore[attr-defined]
     if manifest is None:
+        source.edits |= {name: lambda t, W=W: W for name, W in new.items()}
         copy_outer(source, writer, headers)
     else:
         outer: dict[str, dict[str, Tensor]] = {}
         for name, record in manifest.tensors.items():
             if record.shard.startswith("outer-"):
-                outer.setdefault(Path(record.shard).stem, {})[name] = source.read_stored(name)
+                outer.setdefault(Path(record.shard).stem, {})[name] = new.get(name, source.read_stored(name))
         headers |= {shard: writer.commit(shard, tensors, {}, []) for shard, tensors in outer.items()}
     seen = data.tokens.numel() if data.mask is None else int(data.mask.sum())
     plain = manifest is not None and manifest.plain and all(isinstance(f, Dense) for f in formats.values())  # transformers will still load it

@@ -1,6 +1,7 @@
 """pytest tests/test_heal.py — healing: adapters are no-ops at first and come out in the format's own form; losses; a kill; what it wins back."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -342,6 +343,23 @@ def test_refit_is_the_recipes_on_the_windows_that_train(cut, tmp_path):
         assert torch.equal(was, W) or (found - W).norm() < 0.1 * (W - was).norm()  # what was cut and then stored is rounded, and so is the basis that it tells
         assert not torch.equal(was, W) or torch.equal(found, W)
     assert not list((tmp_path / "healed").glob("refit-*")) and not (tmp_path / "healed.teacher").exists()
+
+
+def test_a_head_learns_where_it_is_a_tensor_of_its_own(dropped, tmp_path):
+    with pytest.raises(CompressError, match="its head is its input embedding"):
+        heal(dropped, tmp_path / "a", head=True)
+    compress.run(model_path(), {"name": "row", "structure": [{"slice": {"share": 0.25}}]}, "stdlib", tmp_path / "sliced", samples=8, seqlen=64, **QUIET)
+    without, report = (heal(tmp_path / "sliced", tmp_path / f"b{head}", train="weights", head=head) for head in (False, True))
+    assert report.manifest.training["healing"][1] < without.manifest.training["healing"][1] and report.manifest.plain
+    assert compress.verify(str(tmp_path / "bTrue")).ok and report.manifest.totals["bytes"] == without.manifest.totals["bytes"]
+    changed = {n for n, t in report.manifest.tensors.items() if t.shard.startswith("outer") and t.sha256 != without.manifest.tensors[n].sha256}
+    assert changed == {"lm_head.weight"}
+    shutil.rmtree(tmp_path / "bFalse")
+    for name in ("compress.json", "probe.safetensors"):  # a plain checkpoint
+        (tmp_path / "sliced" / name).unlink(missing_ok=True)
+    again = heal(tmp_path / "sliced", tmp_path / "c", train="weights", head=True)
+    assert again.manifest.training["healing loss"] == report.manifest.training["healing loss"]
+    assert again.manifest.tensors["lm_head.weight"].sha256 == report.manifest.tensors["lm_head.weight"].sha256
 
 
 def test_refit_is_undone_where_it_wins_nothing_and_refused_where_there_is_nothing_to_solve(bad, tmp_path):

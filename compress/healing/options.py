@@ -24,6 +24,7 @@ class Heal:
     weight_lr: float = 2e-3  # the same for whole weights, as a share of their root mean square, and for integer codes, in steps of their grid
     scale_lr: float = 1e-3  # the same for norm weights and the logarithm of scales
     refit: bool = False  # first solve what writes to the residual stream by least squares, on all windows that train (a plain model: blocks dropped, sliced)
+    head: bool = False  # the output head learns too, as a whole, where it is a tensor of its own: a sliced stream was cut under it
     warmup: int = 20  # steps until the peak, then a cosine down to 0
     batch: int = 16  # windows of an optimizer step, all processes together
     micro: int = 2  # windows of one forward and backward; the gradients of a step's are accumulated

@@ -24,7 +24,7 @@ from ..stream import StandIn
 from ..trained import place, vectors
 from ..verification import ArtifactCheckpoint
 from ..walk import block_tensors
-from .adapters import learner
+from .adapters import Whole, learner
 from .options import Heal
 from .teacher import parts
 
@@ -101,6 +101,15 @@ class Student:
                 original = _like(f, theirs.get_submodule(path.removeprefix(source.block_name(at) + ".")))  # type: ignore[union-attr]
             f = build(f.meta(), {key: here.setdefault(id(t), t.to(device)) for key, t in f.tensors().items()})
             self.learners[path] = learner(f, options, dtype=source.dtype, kept_as=source.stored_dtype, generator=generator, known=known, original=original)
+        self.head = self.model.get_output_embeddings().weight.detach()  # as it was
+        self.learned_head = ""  # its path, where it learns
+        if options.head:
+            module = self.model.get_output_embeddings()
+            if module.weight is self.model.get_input_embeddings().weight:
+                raise CompressError(f"{source.name}: heal.head: its head is its input embedding, which would learn with it; leave it out")
+            path = self.learned_head = next(name for name, m in self.model.named_modules() if m is module)
+            self.formats[path], self.biases[path] = Dense(self.head.to(source.stored_dtype).cpu()), module.bias
+            self.learners[path] = Whole(self.formats[path].to(device))
         self.norms = vectors(self.model, source.blocks_path, self.formats)
         place(self.model, [(path, Healed(inner, self.biases[path])) for path, inner in self.learners.items()])
         for p in self.norms.values():

@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--heal", action="store_true", help="recipes also as their -heal twins have it")
-    parser.add_argument("--set", nargs="*", default=["samples=600", "micro=4"], help="options of heal on top of the recipes'")
+    parser.add_argument("--set", nargs="*", default=["samples=1200", "seqlen=256", "micro=8"], help="options of heal on top of the recipes'")
     parser.add_argument("--speed", action="store_true", help="decoding of plain models")
     a = parser.parse_args()
     Path(a.folder).mkdir(parents=True, exist_ok=True)
