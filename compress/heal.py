@@ -370,4 +370,4 @@ def _record(old: LayerRecord | None, before: Format, weight: Format, tokens: int
     nbytes = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in shared)
     return LayerRecord(method=f"{old.method} + heal" if old else "heal", options=old.options if old else {}, format=weight.meta(), describe=weight.describe(),
                        tensors=[t for t in tensors if t not in shared], shared=shared, bits=8 * nbytes / W.numel(), bytes=nbytes, planned_bytes=nbytes,
-                       parameters=W.numel(), error=float((healed - W).square().sum() / W.square().sum()), error_norm="healing", tokens=tokens)  # fmt: skip
+                       parameters=W.numel(), error=((healed - W).square().sum() / W.square().sum()).item(), error_norm="healing", tokens=tokens)  # fmt: skip
