@@ -467,7 +467,7 @@ def test_gpu_dispatch_in_a_cuda_graph(cache_folder):
     with torch.cuda.graph(graph):
         y = dispatch.matmul(x, format, None, cache)
     graph.replay()
-    assert torch.equal(y, eager) and {"dense-cached", "triton-int", "triton-fragment"} == set(*json.loads((cache_folder / "tune.json").read_text()).values())
+    assert torch.equal(y, eager) and {"dense-streamed", "triton-int", "triton-fragment"} == set(*json.loads((cache_folder / "tune.json").read_text()).values())
 
 
 @pytest.mark.gpu
