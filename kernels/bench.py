@@ -155,7 +155,7 @@ def _exact(W: Tensor, grid: Grid | None, x: Tensor) -> list[Tensor]:
 
 
 def _chosen(layer: CompressedLinear, x: Tensor) -> str:
-    return layer.cache[dispatch.bucket(len(x)), x.dtype, False, layer.how][0].name
+    return layer.cache[dispatch.bucket(len(x), x.is_cuda), x.dtype, False, layer.how][0].name
 
 
 def _kernel(layer: CompressedLinear, name: str) -> Callable[[Tensor], Tensor]:

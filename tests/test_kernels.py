@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from compress.formats import Dense, IntGroup, Lut, Product, Scaled, Sum, Transformed
 from compress.kernels import bench, cpu_int, dispatch, reference, triton_int, tune
 from compress.kernels.dispatch import How
+from compress.kernels.gated import Gated
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,6 +251,56 @@ def test_measured_once_across_calls_modules_and_processes(races, cache_folder):
     assert len(races) == 1 and file.stat().st_mtime_ns == written
     dispatch.matmul(inputs(1, 512, BF16), format, None, {})  # another bucket
     assert len(races) == 2 and len(json.loads(file.read_text())) == 2
+
+
+@pytest.mark.parametrize("what", ["matmul", "prepare"])
+def test_a_kernel_that_fails_is_left_out_and_said(races, cache_folder, monkeypatch, caplog, what):
+    class OutOfResources(Exception):  # as triton's errors are: of no kind that torch raises
+        pass
+
+    def broken(*_):
+        raise OutOfResources("out of resource: shared memory\nmore")
+
+    races.us, format, x, cache = {"cpu-pack": 1.0}, make(**BIG), inputs(4, 512, BF16), {}
+    monkeypatch.setattr(cpu_int, what, broken)
+    with caplog.at_level(logging.WARNING):
+        y = dispatch.matmul(x, format, None, cache)
+    assert error(y, reference.matmul(x, format, dtype=torch.float64)) < 2**-7 and route_of(cache, 4) == "dense-streamed"
+    assert "cpu-pack does not run here (OutOfResources: out of resource: shared memory); other" in caplog.text
+    dispatch.matmul(x, format, None, {})  # it is not tried again
+    [row] = json.loads((cache_folder / "tune.json").read_text()).values()
+    assert list(races) == [{"dense-streamed"}] and row == {"dense-streamed": 100.0}
+    gated = Gated(format)
+    plain = dispatch.plain(gated, dispatch.AUTO)
+    kernel = dispatch.Route("kernel", plain.prepare, broken)
+    assert dispatch.measured(gated, x, [kernel, plain]).keys() == {"parts"} and dispatch.fastest([kernel, plain], {"parts": 1.0}) is plain
+    with pytest.raises(OutOfResources):
+        dispatch.measured(format, x, [dispatch.Route("dense-streamed", cpu_int.prepare, broken), dispatch.CACHED])
+
+
+def test_while_a_cuda_graph_is_captured_nothing_is_measured_or_kept(races, monkeypatch):
+    races.us = {"cpu-pack": 1.0}
+    format, x, cache = make(**BIG), inputs(4, 512, BF16), {}
+    with monkeypatch.context() as graph:
+        graph.setattr(torch.cuda, "is_initialized", lambda: True)
+        graph.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        y = dispatch.matmul(x, format, None, cache)
+        assert not races and not cache and error(y, reference.matmul(x, format, dtype=torch.float64)) < 2**-7
+    dispatch.matmul(x, format, None, cache)
+    assert route_of(cache, 4) == "cpu-pack"
+
+
+def test_a_prompt_has_a_bucket_of_its_own_on_cuda():
+    assert [dispatch.bucket(m) for m in (1, 5, 256, 257, 5000)] == [1, 16, 256, 256, 256]
+    assert [dispatch.bucket(m, True) for m in (256, 257, 2048, 5000)] == [256, 2048, 2048, 2048]
+
+
+def test_measurements_do_not_outlive_kernels(races, cache_folder, monkeypatch):
+    dispatch.matmul(inputs(4, 512, BF16), make(**BIG))
+    assert dispatch.edition("cpu") in next(iter(json.loads((cache_folder / "tune.json").read_text()))) and "layout" in dispatch.edition("cuda")
+    monkeypatch.setattr(dispatch, "edition", lambda device: "native 01234567")
+    dispatch.matmul(inputs(4, 512, BF16), make(**BIG))
+    assert len(races) == 2
 
 
 def test_another_process_is_not_overwritten(races, cache_folder):
