@@ -63,7 +63,7 @@ def _kronecker(x, left, right, diagonal, bias, y, scales, stride, a, b, LEFT: tl
     if BIAS:
         z += tl.load(bias + place, inside, 0.0).to(tl.float32)
     if LARGEST > 0:
-        scale = tl.max(tl.max(tl.abs(z), 1), 0) / LARGEST
+        scale = tl.div_rn(tl.max(tl.max(tl.abs(z), 1), 0), LARGEST)
         tl.store(scales + token, scale)
         z = rounded(z, scale, LARGEST, FP8)
     tl.store(y + token * (a * b) + place, z.to(y.dtype.element_ty), inside)
@@ -148,4 +148,4 @@ def launch(A: int, B: int) -> int:
 
 op = ops.define("kronecker", "(Tensor x, Tensor? left, Tensor right, Tensor? diagonal, Tensor? bias, bool behind, int a, int b, str grid, ScalarType dtype)"
                 " -> (Tensor, Tensor)", lambda x, left, right, diagonal, bias, behind, a, b, grid, dtype:
-                (x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x) if grid else 0, 1, dtype=torch.float32)), CPU=_launch, CUDA=_launch)  # fmt: skip
+                (x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0] if grid else 0, 1, dtype=torch.float32)), CPU=_launch, CUDA=_launch)  # fmt: skip
