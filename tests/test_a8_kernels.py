@@ -73,6 +73,14 @@ def test_a_compiled_graph_rounds_in_plain_arithmetic():
     assert seen == ["compress.a8_matmul.default"] and torch.equal(y, triton_a8.matmul(x, prepared))
 
 
+def test_ops():
+    """Fake outputs have the real ones' shapes, nothing is written to but the result."""
+    for name in ("int8", "int4 g64"):
+        format, x = FORMATS[name][0](33, 128), gaussian(3, 128, dtype=BF16)
+        p, (codes, scales) = triton_a8.prepare(Rounded(format, "int8"), BF16), triton_quantize.quantize(x, "int8")
+        torch.library.opcheck(triton_a8.op, (codes, scales, p.weight, p.scales, gaussian(33), p.repeat, *p.shape, BF16))
+
+
 def test_four_bits_stay_four():
     assert triton_a8.prepare(Rounded(random_int(128, 512, 4, 128), "int8"), BF16).weight.nbytes == 128 * 512 // 2
 

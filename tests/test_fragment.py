@@ -295,9 +295,12 @@ def test_importing_does_nothing():
 
 
 def test_the_op_keeps_what_torch_library_asks():
-    p = fragment.prepare(FORMATS["int4 asym"].to(DEVICE))
-    args = inputs(3, 320), None, *fragment.values(p), []
-    torch.library.opcheck(torch.ops.compress.fragment_matmul.default, args, test_utils=("test_schema", "test_faketensor"))
+    for name, m, config in (("int4 asym", 3, []), ("nf4", 3, [64, 16, 1, 2, 3, 4]), ("fp8 channel", 300, [])):
+        format = FORMATS[name].to(DEVICE)
+        x, bias = inputs(m, format.shape[1]), inputs(1, format.shape[0])[0]
+        torch.library.opcheck(fragment._op, (x, bias, *fragment.values(fragment.prepare(format)), config))
+    format = Gated(Sum((ints(64, 192, 4, 64), low_rank(64, 192, 4)))).inner.to(DEVICE)
+    torch.library.opcheck(fragment._op, (inputs(2, 192), None, *fragment.values(fragment.prepare(Gated(format))), []))
 
 
 # ---------------------------------------------------------------- SASS for sm_90
