@@ -17,10 +17,10 @@ A kernel is a file with three functions, and a line in KERNELS:
     variants(format, m) → {name: another matmul}               optional: other tilings of the same kernel for m rows, raced by `compress tune` only
 
 Routes that support a (format, dtype, device) are timed once per shape and bucket of rows (see tune.py), and one that is not dense is taken only
-where it beat dense by MARGIN; one that fails when it is first tried is left out. The choice may change how bf16 and fp16 round. There is no choice, only dense leaves dequantized in fp32,
-when x is fp32 (unless it is rounded: integers lose nothing), under autograd (packed routes have no backward) and with policy "dense", which
-evaluation and verification use. In a trace (torch.compile) or while a CUDA graph is captured nothing can be measured and nothing is kept: what an
-eager call chose before (linear.ready) is traced.
+where it beat dense by MARGIN; one that fails when it is first tried is left out. The choice may change how bf16 and fp16 round. There is no choice,
+only dense leaves dequantized in fp32, when x is fp32 (unless it is rounded: integers lose nothing), under autograd (packed routes have no backward)
+and with policy "dense", which evaluation and verification use. In a trace (torch.compile) or while a CUDA graph is captured nothing can be measured
+and nothing is kept: what an eager call chose before (linear.ready) is traced.
 """
 
 import functools

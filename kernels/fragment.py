@@ -212,8 +212,13 @@ def constants(p: Prepared, m: int, config: Config) -> dict:
     bm = min(config.bm, widest(p))
     return {"KIND": p.kind, "UNITS": kind.units, "PLANES": kind.planes, "SCALE": scale, "GROUP": units, "OFFSET": p.offset, "BYTE_MUL": p.byte[0],
             "BYTE_ADD": p.byte[1], "PER_ROW": p.per_row, "RANK": 0 if p.A is None else len(p.A), "GATED": p.gated,
-            "EVEN": p.shape[1] % layout.COLUMNS == 0, "FULL": m % bm == 0, "BN": config.bn, "BM": bm, "STEP": step, "PART": part, "SPLIT": config.split,
-            "ASM": unpack.ASM, "F32": unpack.INTERPRET}  # fmt: skip
+            "EVEN": p.shape[1] % layout.COLUMNS == 0 or ragged(p), "FULL": m % bm == 0, "BN": config.bn, "BM": bm, "STEP": step, "PART": part,
+            "SPLIT": config.split, "ASM": unpack.ASM, "F32": unpack.INTERPRET}  # fmt: skip
+
+
+def ragged(p: Prepared) -> bool:
+    """Do rows of x begin where 16 bytes cannot be loaded at once? Then it is padded first: through registers, element by element, it would spill."""
+    return p.shape[1] % 16 != 0
 
 
 def values(record: Prepared | Config) -> list:
@@ -243,6 +248,8 @@ def _launch(x: Tensor, bias: Tensor | None, *rest) -> Tensor:
             sums = F.pad(x, (0, -(-padded // p.group) * p.group - K)).view(M, -1, p.group).sum(-1, dtype=torch.float32).T.contiguous()
         if p.A is not None:
             u = x @ p.A.T
+        if ragged(p):
+            x, K = F.pad(x, (0, padded - K)), padded
         partial, counter = workspace(x)
         grid = (N // config.bn, config.split, triton.cdiv(M, const["BM"]))
         with torch.cuda.device_of(x):

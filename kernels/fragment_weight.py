@@ -130,7 +130,7 @@ class Codes:
 def planned(format: Format) -> Prepared:
     """What `prepare` would make as far as tilings depend on it, without a look at the codes."""
     leaf = _leaf(format.inner if isinstance(format, Gated) else format)  # type: ignore[attr-defined]
-    (N, K), n = layout.padded(leaf.shape), leaf.shape[1]
+    n = leaf.shape[1]
     scales, zeros, corrected = None if isinstance(leaf, FloatBlock) else leaf.scales, None, False
     group = leaf.block[1] if isinstance(leaf, FloatBlock) else n if scales is None else n // scales.shape[1]  # type: ignore[attr-defined]
     if isinstance(leaf, IntGroup):
@@ -139,7 +139,7 @@ def planned(format: Format) -> Prepared:
     else:
         kind = "lut" if isinstance(leaf, Lut) else "e4m3" if leaf.name == "fp8" else "e2m1"  # type: ignore[attr-defined]
     scale, table = _reach(kind, group, n, corrected), leaf.table if isinstance(leaf, Lut) else None
-    words = torch.empty(N // 16, 0, device="meta")
+    words = torch.empty(layout.padded(leaf.shape)[0] // 16, 0, device="meta")
     return Prepared(words, scales, zeros, table, None, None, None, kind, scale, group, 0, (0, 0), corrected, False, leaf.shape)
 
 

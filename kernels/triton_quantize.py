@@ -2,8 +2,9 @@
 
     s = max|x| / L,   q = round(x · 1/s)                                      L = 127 (int8), 7 (int4 values in int8), 448 (FP8 E4M3)
 
-Rounding is that of activations.py, which evaluation uses, to the bit. One program a token. In a compiled graph the same arithmetic is traced in its place, so that
-Inductor fuses it with whatever makes x, a norm or SiLU(gate) · up, of any model; what an online transform makes is rounded in its kernel (triton_transform.py).
+Rounding is that of activations.py, which evaluation uses, to the bit. One program a token. In a compiled graph the same arithmetic is traced in its place,
+so that Inductor fuses it with whatever makes x, a norm or SiLU(gate) · up, of any model (and divides its own way); what an online transform makes is
+rounded in its kernel (triton_transform.py).
 """
 
 import torch

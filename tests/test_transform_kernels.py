@@ -173,7 +173,8 @@ def test_compile_without_spills():
         types = {"x": "*bf16", "left": "*bf16", "right": "*bf16", "diagonal": "*fp32", "bias": "*bf16", "y": "*i8" if grid else "*bf16", "scales": "*fp32"}
         return sass.Spec("compress.kernels.triton_transform", "_kronecker", types | {"stride": "i32", "a": "i32", "b": "i32"},
                          {"LEFT": True, "SIGNS": signs, "BIAS": False, "LARGEST": 127.0 if grid else 0, "FP8": False, "EXACT": False, "A": A, "B": B,
-                          "CHUNK": triton_transform.CHUNK, "WIDTH": triton_transform.width(A, B)}, num_warps=triton_transform.launch(A, B), aligned=("stride", "a", "b"))  # fmt: skip
+                          "CHUNK": triton_transform.CHUNK, "WIDTH": triton_transform.width(A, B)},
+                         num_warps=triton_transform.launch(A, B), aligned=("stride", "a", "b"))  # fmt: skip
 
     def quantize(block, grid):
         types = {"x": "*bf16", "codes": "*fp8e4nv" if grid == "fp8" else "*i8", "scales": "*fp32", "n": "i32", "stride": "i32"}
