@@ -140,15 +140,18 @@ def paths(device: str, shape: tuple[int, int], generator: torch.Generator, notes
     for name in (*(CPU if device == "cpu" else FORMATS), FRUGAL):
         made = name.removesuffix(", no copy")
         make, grid = FORMATS[made]
-        format, how = make(shape, generator), How(memory="keep" if name == made else "bounded", activations=grid)
-        exact = functools.partial(_exact, format, grid)
-        layers = [CompressedLinear(dispatch.copied(format), how=how) for _ in range(count(format.nbytes()))]  # type: ignore[arg-type]
-        found.append(Line(name, layers, format.nbytes(), functools.partial(_chosen, layers[0]), exact))
-        if device != "cpu" and name == made:
-            found += [Line(f"{name} {kernel}", [_kernel(copy, kernel) for copy in layers], format.nbytes(), lambda x: "", exact)
-                      for kernel in dispatch.KERNELS[device]]  # fmt: skip
-            found += [Line(f"{name} {peer}", copies, format.nbytes(), lambda x: "", exact)
-                      for peer, copies in peers.installed(name, format, len(layers), notes).items()]  # fmt: skip
+        try:
+            format, how = make(shape, generator), How(memory="keep" if name == made else "bounded", activations=grid)
+            exact = functools.partial(_exact, format, grid)
+            layers = [CompressedLinear(dispatch.copied(format), how=how) for _ in range(count(format.nbytes()))]  # type: ignore[arg-type]
+            found.append(Line(name, layers, format.nbytes(), functools.partial(_chosen, layers[0]), exact))
+            if device != "cpu" and name == made:
+                found += [Line(f"{name} {kernel}", [_kernel(copy, kernel) for copy in layers], format.nbytes(), lambda x: "", exact)
+                          for kernel in dispatch.KERNELS[device]]  # fmt: skip
+                found += [Line(f"{name} {peer}", copies, format.nbytes(), lambda x: "", exact)
+                          for peer, copies in peers.installed(name, format, len(layers), notes).items()]  # fmt: skip
+        except FAILURE as error:
+            notes.append(f"{name}, {n}×{k}: {_said(error)}")
     return found
 
 
