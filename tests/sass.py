@@ -47,6 +47,7 @@ class Kernel:
     stack: int  # bytes: what spills goes there
     shared: int  # bytes of shared memory
     code: list = field(repr=False, default_factory=list)  # every instruction
+    ptx: str = field(repr=False, default="")
 
     @property
     def mix(self) -> Counter:
@@ -90,7 +91,8 @@ def compile_one(spec: Spec) -> Kernel:
         usage, code = read("cuobjdump", "-res-usage"), read("nvdisasm", "-c")
     instructions, loop = main_loop(code)
     number = lambda what: int(re.search(rf"{what}:(\d+)", usage)[1])
-    return Kernel([opcode(i) for i in loop], len(instructions), number("REG"), number("STACK") + number("LOCAL"), kernel.metadata.shared, instructions)
+    return Kernel([opcode(i) for i in loop], len(instructions), number("REG"), number("STACK") + number("LOCAL"), kernel.metadata.shared, instructions,
+                  kernel.asm["ptx"])  # fmt: skip
 
 
 def main_loop(code: str) -> tuple[list[str], list[str]]:

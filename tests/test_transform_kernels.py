@@ -186,4 +186,6 @@ def test_compile_without_spills():
     for kernel in kernels:
         print(kernel.total, kernel.registers, kernel.stack, kernel.shared, kernel.mix.most_common(8))
     assert not any(kernel.stack for kernel in kernels)
+    for kernel in (kernels[0], *kernels[2:]):  # rounded as on a CPU
+        assert kernel.ptx.count("div.rn.f32") == 2 and "div.full" not in kernel.ptx
     assert all(kernel.count(*sass.TENSOR_CORE, "HMMA") for kernel in kernels[:3])
