@@ -164,7 +164,7 @@ def test_inputs_are_not_rounded_where_that_is_slower(quick):
 
 def test_a_second_copy_has_to_be_worth_its_memory(quick, monkeypatch):
     format, us = make(64, 128, 8, 128), {1: {"cpu-int8": 11.0, "cpu-int-mm": 10.0}, 16: {"cpu-int8": 10.0}}
-    monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: {n: us[len(runs["cpu-int8"].args[0])].get(n, 100.0) for n in runs})
+    monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: {n: us[len(run.args[-3])].get(n, 100.0) for n, run in runs.items()})
 
     def names(**how):
         cache: dict = {}
