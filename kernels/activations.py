@@ -52,7 +52,8 @@ def quantize(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
     Eight short passes, each of which vectorizes: a product with a number a row does, a quotient does not."""
     y = x.to(torch.float32, copy=True)
-    scale = y.abs().amax(-1, keepdim=True).div_(LARGEST[grid])
+    scale = y.abs().amax(-1, keepdim=True)
+    scale.div_(scale.new_full((), LARGEST[grid]) if scale.is_cuda else LARGEST[grid])  # by a number a GPU multiplies by its reciprocal: other bits
     if grid == "fp8":
         return y.mul_(scale.clamp(min=TINY).reciprocal_()).to(torch.float8_e4m3fn), scale
     return y.mul_(scale.reciprocal()).round_().to(torch.int8), scale

@@ -14,16 +14,19 @@ A kernel is a file with three functions, and a line in KERNELS:
     supports(format, x) → None, or the reason why not          format: what the layer holds; Rounded(leaf) where activations are rounded
     prepare(format, dtype) → anything                          once a module and dtype: the repacked weight
     matmul(x [m, in], prepared, bias) → [m, out]               every call: no host sync, nothing allocated but the result
-    variants(format, x) → {name: another matmul}               optional: other tilings of the same kernel, raced by `compress tune` only
+    variants(format, m) → {name: another matmul}               optional: other tilings of the same kernel for m rows, raced by `compress tune` only
 
 Routes that support a (format, dtype, device) are timed once per shape and bucket of rows (see tune.py), and one that is not dense is taken only
-where it beat dense by MARGIN. The choice may change how bf16 and fp16 round. There is no choice, only dense leaves dequantized in fp32,
-when x is fp32 (unless it is rounded: integers lose nothing), under autograd (packed routes have no backward) and with policy "dense", which
-evaluation and verification use. In a trace (torch.compile) nothing can be measured: what an eager call chose before (linear.ready) is traced.
+where it beat dense by MARGIN; one that fails when it is first tried is left out. The choice may change how bf16 and fp16 round. There is no choice,
+only dense leaves dequantized in fp32, when x is fp32 (unless it is rounded: integers lose nothing), under autograd (packed routes have no backward)
+and with policy "dense", which evaluation and verification use. In a trace (torch.compile) or while a CUDA graph is captured nothing can be measured
+and nothing is kept: what an eager call chose before (linear.ready) is traced.
 """
 
 import functools
+import hashlib
 import importlib
+import importlib.metadata
 import logging
 import operator
 from collections.abc import Callable, Collection
@@ -36,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import Columns, Dense, Format, IntGroup, Kronecker, Product, Scaled, Sum, Transformed, build
-from . import reference, tune
+from . import fragment_layout, native, reference, tune
 from .activations import Grid, Rounded, dequantize, quantize, rounded
 from .gated import Gated
 from .gated import apply as gate
@@ -45,6 +48,7 @@ log = logging.getLogger(__name__)
 Policy = Literal["auto", "dense", "reference"]
 Memory = Literal["auto", "keep", "bounded"]  # dense copies of compressed weights outlive a call: where no kernel takes the codes, where fastest, never
 BUCKETS = (1, 4, 16, 64, 256)  # rows; each is timed at its upper edge, where packed routes gain least, and the last one has no end
+LONG = 2048  # one more on CUDA: what wins at 256 rows there is bound by memory, a prompt by tensor cores. On a CPU both are bound by arithmetic
 SMALL = 2**17  # a weight of fewer elements is not worth a measurement: dense
 MARGIN = 1.05  # noise must not put a layer on a route that is slower than dense
 COPY = 1.25  # and a second repacked copy of a weight, for other numbers of rows, is to be worth its memory
@@ -99,7 +103,7 @@ def matmul(x: Tensor, format: Weight | Callable[[], Weight], bias: Tensor | None
     """
     cache = {} if cache is None else cache
     shape = x.shape  # a small product takes 20 us: what can be is asked once here, and a matrix is not reshaped
-    key = bucket(x.numel() // shape[-1]), x.dtype, x.requires_grad and torch.is_grad_enabled(), how
+    key = bucket(x.numel() // shape[-1], x.is_cuda), x.dtype, x.requires_grad and torch.is_grad_enabled(), how
     route, prepared = cache.get(key) or _open(x.reshape(-1, shape[-1]), format() if callable(format) else format, cache, key)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
@@ -111,18 +115,18 @@ def matmul(x: Tensor, format: Weight | Callable[[], Weight], bias: Tensor | None
     return y.view(*shape[:-1], y.shape[-1])
 
 
-def bucket(m: int) -> int:
+def bucket(m: int, cuda: bool = False) -> int:
     for edge in BUCKETS:
         if m <= edge:
             return edge
-    return BUCKETS[-1]
+    return LONG if cuda else BUCKETS[-1]
 
 
 def _open(x: Tensor, format: Weight, cache: dict, key: tuple) -> tuple[Route, Any]:
     """The route and what it prepared, for a kind of call that the cache does not know yet."""
     grad, how = key[2:]
     format = leaf(format, how)  # type: ignore[assignment]
-    if torch.compiler.is_compiling() or x.is_meta:  # nothing is measured or kept in a trace, but what eager calls kept is used
+    if torch.compiler.is_compiling() or x.is_meta or _captured():  # nothing is measured or kept in a trace, but what eager calls kept is used
         route = CACHED if (CACHED.name, x.dtype) in cache else plain(format, How("dense", "bounded", how.activations))
         return route, _prepared(route, format, x, dict(cache))
     held = {slot[0] for slot in cache if slot[1:] == (x.dtype,)} if how.memory == "auto" else set()
@@ -132,6 +136,11 @@ def _open(x: Tensor, format: Weight, cache: dict, key: tuple) -> tuple[Route, An
         route = choose(format, x, how._replace(activations=None), held)
     cache[key] = route, _prepared(route, format, x, cache)
     return cache[key]
+
+
+def _captured() -> bool:
+    """Is a CUDA graph being captured? What a measurement asks of the device is forbidden then, and memory that is made belongs to the graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _prepared(route: Route, format: Seen, x: Tensor, cache: dict) -> Any:
@@ -155,10 +164,9 @@ def choose(format: Seen, x: Tensor, how: How = AUTO, held: Collection[str] = ())
 
 
 def worth(format: Seen, x: Tensor, options: list[Route], how: How) -> bool:
-    """Is there anything to measure, and may it be measured now?"""
+    """Is there anything to measure?"""
     exact = x.dtype in (torch.float32, torch.float64) and not isinstance(format, Rounded)
-    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()  # a CUDA graph cannot be captured around a measurement
-    return len(options) > 1 and how.policy != "dense" and not exact and not capturing and format.shape[0] * format.shape[1] >= SMALL
+    return len(options) > 1 and how.policy != "dense" and not exact and format.shape[0] * format.shape[1] >= SMALL
 
 
 @torch.no_grad()
@@ -181,26 +189,39 @@ def fastest(options: list[Route], us: dict[str, float]) -> Route:
     """The fastest of what was measured, tilings of kernels included, if it beats the dense route, or unrounded inputs, by MARGIN."""
     every = {route.name: route for route in options} | {route.name: route for option in options for route in option.tilings}
     best = every[min(every.keys() & us, key=lambda name: us[name])]
-    home = next((route for route in options if route is CACHED or route.name == UNROUNDED), options[0])
+    ran = [route for route in options if route.name in us]
+    home = next((route for route in ran if route is CACHED or route.name == UNROUNDED), ran[0])
     return best if us[best.name] * MARGIN <= us[home.name] else home
 
 
 def measured(format: Seen, x: Tensor, options: list[Route], how: How = AUTO, tilings: bool = False) -> dict[str, float]:
     """Microseconds of every option at the edge of x's bucket of rows, remembered or measured now; `tilings`: of those of each kernel too."""
-    m = bucket(x.shape[0])
+    m = bucket(x.shape[0], x.is_cuda)
     rounding = f", {how.activations} activations" if how.activations and not isinstance(format, Rounded) else ""
-    situation = (f"{tune.machine(x.device, torch.get_num_threads())} | torch {torch.__version__} | {format.describe()}{rounding} | "
+    situation = (f"{tune.machine(x.device, torch.get_num_threads())} | torch {torch.__version__}, {edition(x.device.type)} | {format.describe()}{rounding} | "
                  f"{format.shape[0]}x{format.shape[1]} | {m} rows {str(x.dtype).removeprefix('torch.')}")  # fmt: skip
-    entered = [*options, *(route for option in options if tilings for route in option.tilings)]
+    entered = {route.name: route for route in [*options, *(route for option in options if tilings for route in option.tilings)]}
 
-    def runs(format: Seen) -> dict[str, Callable[[], Tensor]]:
+    def build() -> tune.Build:
         own = torch.Generator(x.device).manual_seed(0)  # the user's random numbers must not depend on what was measured
         probe = torch.randn(m, x.shape[1], device=x.device, generator=own).to(x.dtype)
-        held: dict = {}
-        return {r.name: functools.partial(r.run, probe, _prepared(r, format, probe, held), None) for r in entered}
+        sides: list[tuple[Seen, dict]] = [(format, {}), (copied(format), {})]
+        run = lambda route, side, held: functools.partial(route.run, probe, _prepared(route, side, probe, held), None)
+        return lambda name: tuple(run(entered[name], *side) for side in sides)  # type: ignore[return-value]
 
     with torch.no_grad():
-        return tune.timings(situation, x.device, lambda: (runs(format), runs(copied(format))), [route.name for route in entered])
+        return tune.timings(situation, x.device, build, entered, options[-1 if isinstance(format, Gated) else 0].name)
+
+
+@functools.cache
+def edition(device: str) -> str:
+    """Of the kernels that are compiled on this machine: no measurement outlives what it was of."""
+    if device != "cuda":
+        return f"native {hashlib.sha256(native.SOURCE.read_bytes()).hexdigest()[:8]}"
+    try:
+        return f"triton {importlib.metadata.version('triton')}, layout {fragment_layout.LAYOUT}"
+    except importlib.metadata.PackageNotFoundError:
+        return "no triton"
 
 
 def copied(format: Seen) -> Seen:
@@ -249,7 +270,7 @@ def reasons(format: Seen, x: Tensor) -> dict[str, str | None]:
 
 def _kernel_route(name: str, device: str, format: Seen, x: Tensor) -> Route:
     module: Any = _kernel(KERNELS[device][name])
-    variants = module.variants(format, x) if hasattr(module, "variants") else {}
+    variants = module.variants(format, bucket(len(x), x.is_cuda)) if hasattr(module, "variants") else {}
     return Route(name, module.prepare, module.matmul, tuple(Route(f"{name}/{v}", module.prepare, run) for v, run in variants.items()))
 
 

@@ -11,7 +11,7 @@ every run. More than 256 rows go through dense chunks (prefill.py).
 
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..formats import Format
 from . import fragment_layout as layout
 from . import ops, prefill, unpack
-from .fragment_weight import Prepared, prepare, supports
+from .fragment_weight import Prepared, planned, prepare, supports
 from .tiles import PARTIAL, handed_in, output, shares, total, workspace
 from .unpack import after, copied, in_rows, joined, mul, nth, numbers, pairs, tables, twos
 
@@ -178,19 +178,30 @@ def rule(p: Prepared, m: int) -> Config:
     eight = bm > 64 and bn == 128  # warps; one program a multiprocessor, whose registers it takes: room for long steps
     step = 4 if (bm <= 32 or (eight and bm == 128)) and kind.bits <= 4 and p.scale != "fine" else max(kind.units, 2)
     tiles = N // bn * math.ceil(m / bm)
-    split = max(1, min(PROGRAMS // tiles, K // 1024, PARTIAL // (tiles * bn * bm)))
+    split = shared(max(1, min(PROGRAMS // tiles, K // 1024)), N, m, bm)
     stages = 4 if bm <= 32 else 3 if bm * step < 512 or (eight and bm == 256) else 2
     return Config(bn, bm, split, step, stages, 8 if eight else 4)
 
 
-def variants(format: Format, x: Tensor) -> dict:
-    """Tilings for `compress tune` to race: {name: matmul}."""
-    (N, K), bm = layout.padded(format.shape), bucket(len(x))
-    configs = (Config(bn, bm, split, step, stages, warps) for bn, warps in ((64, 4), (128, 4), (128, 8)) for split in (1, 2, 3, 4, 6, 8, 12, 16)
-               for step in (2, 4) for stages in ((2, 3) if bm > 64 else (3, 4, 5)))  # fmt: skip
-    return {f"{c.bn}x{bm}/{c.split} step {c.step} stages {c.stages} warps {c.warps}": functools.partial(matmul, config=c) for c in configs
-            if N % c.bn == 0 and c.split <= max(1, K // 512) and c.bn * bm <= 2**12 * c.warps and N * c.split * bm <= PARTIAL
-            and c.stages * c.step * layout.UNIT * (2 * bm + c.bn) <= 200_000}  # fmt: skip
+def variants(format: Format, m: int) -> dict:
+    """Tilings for `compress tune` to race at m rows, {name: matmul}: neighbours of the rule's. Each is compiled, which takes seconds, so there are a dozen."""
+    if m > ROWS:
+        return {}
+    p = planned(format)
+    own, kind, (N, K) = rule(p, m), layout.KINDS[p.kind], layout.padded(p.shape)
+    near = [replace(own, bn=bn, warps=warps, split=max(1, round(own.split * bn / own.bn * times)))  # as many programs, half, twice
+            for bn, warps in ((64, 4), (128, 4), (128, 8)) for times in (1, 0.5, 2)]  # fmt: skip
+    near += [replace(own, stages=own.stages + more, step=step) for step in (own.step, 6 - own.step) for more in (-1, 0, 1)]
+    near += [replace(own, bm=own.bm // 2, stages=3, step=step) for step in (2, 4) if own.bm > 64]
+    fits = [c for c in dict.fromkeys(near) if c != own and N % c.bn == 0 and c.bn * c.bm <= 2**12 * c.warps and c.stages > 1 and c.step >= kind.units
+            and c.split == shared(c.split, N, m, c.bm) and c.split <= max(1, K // 512)
+            and c.stages * c.step * (128 * c.bm + 8 * kind.bits * c.bn) <= 225_000]  # bytes of shared memory
+    return {f"{c.bn}x{c.bm}/{c.split} step {c.step} stages {c.stages} warps {c.warps}": functools.partial(matmul, config=c) for c in fits}
+
+
+def shared(split: int, N: int, m: int, bm: int) -> int:
+    """`split`, or as many programs a tile as the workspace has room for: N · bm partial sums each for every bm rows of x."""
+    return max(1, min(split, PARTIAL // (N * bm * math.ceil(m / bm))))
 
 
 def constants(p: Prepared, m: int, config: Config) -> dict:
@@ -201,8 +212,13 @@ def constants(p: Prepared, m: int, config: Config) -> dict:
     bm = min(config.bm, widest(p))
     return {"KIND": p.kind, "UNITS": kind.units, "PLANES": kind.planes, "SCALE": scale, "GROUP": units, "OFFSET": p.offset, "BYTE_MUL": p.byte[0],
             "BYTE_ADD": p.byte[1], "PER_ROW": p.per_row, "RANK": 0 if p.A is None else len(p.A), "GATED": p.gated,
-            "EVEN": p.shape[1] % layout.COLUMNS == 0, "FULL": m % bm == 0, "BN": config.bn, "BM": bm, "STEP": step, "PART": part, "SPLIT": config.split,
-            "ASM": unpack.ASM, "F32": unpack.INTERPRET}  # fmt: skip
+            "EVEN": p.shape[1] % layout.COLUMNS == 0 or ragged(p), "FULL": m % bm == 0, "BN": config.bn, "BM": bm, "STEP": step, "PART": part,
+            "SPLIT": config.split, "ASM": unpack.ASM, "F32": unpack.INTERPRET}  # fmt: skip
+
+
+def ragged(p: Prepared) -> bool:
+    """Do rows of x begin where 16 bytes cannot be loaded at once? Then it is padded first: through registers, element by element, it would spill."""
+    return p.shape[1] % 16 != 0
 
 
 def values(record: Prepared | Config) -> list:
@@ -224,12 +240,16 @@ def _launch(x: Tensor, bias: Tensor | None, *rest) -> Tensor:
     if M:
         N, padded = layout.padded((16 * len(p.words), K))
         config = config or rule(p, M)
+        bm = min(config.bm, widest(p))
+        config = replace(config, split=shared(config.split, N, M, bm))  # it was chosen for other rows, perhaps
         const = constants(p, M, config)
         sums = u = None
         if p.corrected:
             sums = F.pad(x, (0, -(-padded // p.group) * p.group - K)).view(M, -1, p.group).sum(-1, dtype=torch.float32).T.contiguous()
         if p.A is not None:
             u = x @ p.A.T
+        if ragged(p):
+            x, K = F.pad(x, (0, padded - K)), padded
         partial, counter = workspace(x)
         grid = (N // config.bn, config.split, triton.cdiv(M, const["BM"]))
         with torch.cuda.device_of(x):

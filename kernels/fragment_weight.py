@@ -127,6 +127,31 @@ class Codes:
     outer: float = 1.0  # times everything
 
 
+def planned(format: Format) -> Prepared:
+    """What `prepare` would make as far as tilings depend on it, without a look at the codes."""
+    leaf = _leaf(format.inner if isinstance(format, Gated) else format)  # type: ignore[attr-defined]
+    n = leaf.shape[1]
+    scales, zeros, corrected = None if isinstance(leaf, FloatBlock) else leaf.scales, None, False
+    group = leaf.block[1] if isinstance(leaf, FloatBlock) else n if scales is None else n // scales.shape[1]  # type: ignore[attr-defined]
+    if isinstance(leaf, IntGroup):
+        zeros, corrected = leaf.zeros, leaf.zeros is not None and leaf.zeros.is_floating_point()
+        kind = "ternary" if zeros is None and leaf.levels == 3 else "binary" if zeros is None and leaf.bits_per_code == 1 else _integer_kind(leaf)
+    else:
+        kind = "lut" if isinstance(leaf, Lut) else "e4m3" if leaf.name == "fp8" else "e2m1"  # type: ignore[attr-defined]
+    scale, table = _reach(kind, group, n, corrected), leaf.table if isinstance(leaf, Lut) else None
+    words = torch.empty(layout.padded(leaf.shape)[0] // 16, 0, device="meta")
+    return Prepared(words, scales, zeros, table, None, None, None, kind, scale, group, 0, (0, 0), corrected, False, leaf.shape)
+
+
+def _integer_kind(leaf: IntGroup) -> str:
+    return f"int{max(leaf.bits_per_code, 2)}" if leaf.bits_per_code <= 4 else "int8"
+
+
+def _reach(kind: str, group: int, n: int, corrected: bool) -> str:
+    """How far a scale reaches."""
+    return "byte" if kind == "e2m1" else "channel" if group >= n and not corrected else "fine" if group < n and group % layout.UNIT else "group"
+
+
 def _pair(number: float) -> int:
     """A bf16 as a pair of itself, int32."""
     half = int(torch.tensor(number, dtype=torch.bfloat16).view(torch.int16)) & 0xFFFF
@@ -140,7 +165,7 @@ def _integers(leaf: IntGroup) -> Codes:
         return Codes("ternary", torch.tensor([3, 0, 1], device=q.device)[q], leaf.scales / 2, group)  # a sign above a magnitude
     if leaf.zeros is None and bits == 1:
         return Codes("binary", 1 - q, leaf.scales / 2, group)
-    kind, base = (f"int{max(bits, 2)}", 128) if bits <= 4 else ("int8", 0)
+    kind, base = _integer_kind(leaf), 128 if bits <= 4 else 0
     if bits > 4:
         q, zero = q - 2 ** (bits - 1), zero - 2 ** (bits - 1)
     if leaf.zeros is None:
@@ -188,7 +213,7 @@ def prepare(format: Format | Gated, dtype: torch.dtype = torch.bfloat16) -> Prep
     leaf = _leaf(format)
     (out, n), device = leaf.shape, leaf.codes.device
     c = _integers(leaf) if isinstance(leaf, IntGroup) else _values(leaf) if isinstance(leaf, Lut) else _floats(leaf)
-    scale = "byte" if c.kind == "e2m1" else "channel" if c.group >= n and not c.corrected else "fine" if c.group < n and c.group % layout.UNIT else "group"
+    scale = _reach(c.kind, c.group, n, c.corrected)
     N, K = layout.padded((-(-out // 16) * 16 if gated else out, n))
     order = _gate_order(out, device) if gated else torch.arange(out, device=device)
 

@@ -72,8 +72,9 @@ def _dequantize(out, w, s, z, t, row, first, last, K, stride, padded, tiles, ent
 
 @functools.cache
 def _scratch(device: torch.device, stream: int, elements: int) -> Tensor:
-    """One a device and stream, but for rows of which 64 are more than a chunk."""
-    return torch.empty(elements, dtype=torch.bfloat16, device=device)
+    """One a device and stream, but for rows of which 64 are more than a chunk. Never an inference tensor: the first call need not be like the next."""
+    with torch.inference_mode(False):
+        return torch.empty(elements, dtype=torch.bfloat16, device=device)
 
 
 def dequantize(p: Prepared, first: int, last: int, out: Tensor) -> None:

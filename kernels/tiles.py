@@ -133,7 +133,8 @@ def split(tiles: int, steps: int, cells: int, device: torch.device) -> int:
 
 @functools.cache
 def _workspace(device: torch.device, stream: int | str) -> tuple[Tensor, Tensor]:
-    return torch.empty(PARTIAL, device=device), torch.zeros(TILES, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # the first call need not be like the next
+        return torch.empty(PARTIAL, device=device), torch.zeros(TILES, dtype=torch.int32, device=device)
 
 
 def workspace(x: Tensor) -> tuple[Tensor, Tensor]:

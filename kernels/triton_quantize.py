@@ -2,8 +2,9 @@
 
     s = max|x| / L,   q = round(x · 1/s)                                      L = 127 (int8), 7 (int4 values in int8), 448 (FP8 E4M3)
 
-Rounding is that of activations.py, which evaluation uses. One program a token. In a compiled graph the same arithmetic is traced in its place, so that
-Inductor fuses it with whatever makes x, a norm or SiLU(gate) · up, of any model; what an online transform makes is rounded in its kernel (triton_transform.py).
+Rounding is that of activations.py, which evaluation uses, to the bit. One program a token. In a compiled graph the same arithmetic is traced in its place,
+so that Inductor fuses it with whatever makes x, a norm or SiLU(gate) · up, of any model (and divides its own way); what an online transform makes is
+rounded in its kernel (triton_transform.py).
 """
 
 import torch
@@ -28,7 +29,7 @@ def _quantize(x, codes, scales, n, stride, LARGEST: tl.constexpr, FP8: tl.conste
     token, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = k < n
     y = tl.load(x + token * stride + k, inside, 0.0).to(tl.float32)
-    scale = tl.max(tl.abs(y), 0) / LARGEST
+    scale = tl.div_rn(tl.max(tl.abs(y), 0), LARGEST)  # what / compiles to is not rounded as a CPU's quotient is
     tl.store(scales + token, scale)
     q = rounded(y, scale, LARGEST, FP8)
     tl.store(codes + token * n + k, q.to(codes.dtype.element_ty), inside)

@@ -30,9 +30,26 @@ LARGEST_TOKEN = 2**15  # padded channels that fit a program's registers
 
 
 @triton.jit
+def _columns(z, right, diagonal, bias, i, j, a, b, SIGNS: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr, B: tl.constexpr):
+    """Columns j of Y, fp32, of z [A, B], the first product."""
+    P = tl.load(right + tl.arange(0, B)[:, None] * B + j[None, :])
+    if EXACT:
+        y = tl.dot(z, P.to(tl.float32), input_precision="ieee")
+    else:
+        y = tl.dot(z, P)
+    place, inside = i[:, None] * b + j[None, :], (i[:, None] < a) & (j[None, :] < b)
+    if SIGNS == 2:
+        y *= tl.load(diagonal + place, inside, 0.0)
+    if BIAS:
+        y += tl.load(bias + place, inside, 0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
 def _kronecker(x, left, right, diagonal, bias, y, scales, stride, a, b, LEFT: tl.constexpr, SIGNS: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr,
-               FP8: tl.constexpr, EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """x [M, a·b], left [A, A], right [B, B] zero-padded; SIGNS: the diagonal is 1 before, 2 behind the transform; LARGEST 0: y is not quantized."""
+               FP8: tl.constexpr, EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """x [M, a·b], left [A, A], right [B, B] zero-padded; SIGNS: the diagonal is 1 before, 2 behind the transform; LARGEST 0: y is not quantized.
+    WIDTH: columns of Y that are made at a time; less than B where all of them would not fit the registers: then once for their maximum, once for themselves."""
     token = tl.program_id(0).to(tl.int64)
     i, j = tl.arange(0, A), tl.arange(0, B)
     if LEFT:
@@ -48,25 +65,35 @@ def _kronecker(x, left, right, diagonal, bias, y, scales, stride, a, b, LEFT: tl
                 z = tl.dot(P.to(tl.float32), part.to(tl.float32), z, input_precision="ieee")
             else:
                 z = tl.dot(P, part, z)
-    place, inside = i[:, None] * b + j[None, :], (i[:, None] < a) & (j[None, :] < b)
-    if not LEFT:
+    else:
+        place, inside = i[:, None] * b + j[None, :], (i[:, None] < a) & (j[None, :] < b)
         z = tl.load(x + token * stride + place, inside, 0.0).to(tl.float32)
         if SIGNS == 1:
             z *= tl.load(diagonal + place, inside, 0.0)
-    P = tl.load(right + j[:, None] * B + j[None, :])
-    if EXACT:
-        z = tl.dot(z, P.to(tl.float32), input_precision="ieee")
-    else:
-        z = tl.dot(z.to(P.dtype), P)
-    if SIGNS == 2:
-        z *= tl.load(diagonal + place, inside, 0.0)
-    if BIAS:
-        z += tl.load(bias + place, inside, 0.0).to(tl.float32)
+    if not EXACT:
+        z = z.to(right.dtype.element_ty)
+    if WIDTH == B:
+        v = _columns(z, right, diagonal, bias, i, j, a, b, SIGNS, BIAS, EXACT, B)
     if LARGEST > 0:
-        scale = tl.max(tl.max(tl.abs(z), 1), 0) / LARGEST
+        if WIDTH == B:
+            most = tl.max(tl.abs(v), 1)
+        else:
+            most = tl.zeros((A,), tl.float32)
+            for start in range(0, B, WIDTH):
+                part = _columns(z, right, diagonal, bias, i, start + tl.arange(0, WIDTH), a, b, SIGNS, BIAS, EXACT, B)
+                most = tl.maximum(most, tl.max(tl.abs(part), 1))
+        scale = tl.div_rn(tl.max(most, 0), LARGEST)
         tl.store(scales + token, scale)
-        z = rounded(z, scale, LARGEST, FP8)
-    tl.store(y + token * (a * b) + place, z.to(y.dtype.element_ty), inside)
+    for start in range(0, B, WIDTH):
+        columns = start + tl.arange(0, WIDTH)
+        if WIDTH == B:
+            q = v
+        else:
+            q = _columns(z, right, diagonal, bias, i, columns, a, b, SIGNS, BIAS, EXACT, B)
+        if LARGEST > 0:
+            q = rounded(q, scale, LARGEST, FP8)
+        place, inside = i[:, None] * b + columns[None, :], (i[:, None] < a) & (columns[None, :] < b)
+        tl.store(y + token * (a * b) + place, q.to(y.dtype.element_ty), inside)
 
 
 @dataclass(frozen=True)
@@ -137,7 +164,7 @@ def _launch(x: Tensor, left: Tensor | None, right: Tensor, diagonal: Tensor | No
     if m:
         _kronecker[(m,)](x, left, right, diagonal, bias, y, scales, x.stride(0), a, b, LEFT=left is not None,
                          SIGNS=0 if diagonal is None else 2 if behind else 1, BIAS=bias is not None, LARGEST=LARGEST.get(grid, 0),
-                         FP8=grid == "fp8", EXACT=INTERPRET, A=A, B=B, CHUNK=min(CHUNK, A), num_warps=launch(A, B))  # fmt: skip
+                         FP8=grid == "fp8", EXACT=INTERPRET, A=A, B=B, CHUNK=min(CHUNK, A), WIDTH=width(A, B), num_warps=launch(A, B))  # fmt: skip
     return y.to(dtype), scales
 
 
@@ -146,6 +173,11 @@ def launch(A: int, B: int) -> int:
     return min(16, max(4, A * B // 2048))
 
 
+def width(A: int, B: int) -> int:
+    """Columns of Y at a time."""
+    return B if A * B < LARGEST_TOKEN else 32
+
+
 op = ops.define("kronecker", "(Tensor x, Tensor? left, Tensor right, Tensor? diagonal, Tensor? bias, bool behind, int a, int b, str grid, ScalarType dtype)"
                 " -> (Tensor, Tensor)", lambda x, left, right, diagonal, bias, behind, a, b, grid, dtype:
-                (x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x) if grid else 0, 1, dtype=torch.float32)), CPU=_launch, CUDA=_launch)  # fmt: skip
+                (x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0] if grid else 0, 1, dtype=torch.float32)), CPU=_launch, CUDA=_launch)  # fmt: skip

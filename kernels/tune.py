@@ -4,7 +4,8 @@ The situation is a sentence: machine, threads, torch, format, shape, rows, dtype
 $XDG_CACHE_HOME/compress, else ~/.cache/compress; it is replaced whole, merged with what other processes wrote meanwhile, and a file that
 cannot be read costs one warning and a new measurement. Tables in kernels/tune/*.json, of the same form, are measurements that come with the
 package: what `compress tune` wrote on a machine of that name. A situation in no table is measured when it is met; kernels that have several
-tilings use the one of their own rule of thumb until `compress tune` has raced the others.
+tilings use the one of their own rule of thumb until `compress tune` has raced the others. What fails when it is first tried, a kernel that does not
+compile here or needs memory that is not there, is told once, left out, and tried again by the next process.
 """
 
 import functools
@@ -27,6 +28,7 @@ import torch
 log = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "tune"
 Runs = Mapping[str, Callable[[], object]]
+Build = Callable[[str], tuple[Callable[[], object], Callable[[], object]]]  # a name's run and its twin
 FLUSH = 2**27  # bytes written before each run: more than any last-level cache, so weights come from memory as between two decoding steps
 
 
@@ -103,17 +105,44 @@ def memory(file: Path) -> dict[str, dict[str, float]]:
     return functools.reduce(operator.or_, map(read, (*sorted(SHIPPED.glob("*.json")), file)), {})
 
 
-def timings(situation: str, device: torch.device, build: Callable[[], tuple[Runs, Runs]], names: Iterable[str]) -> dict[str, float]:
-    """Microseconds by name: remembered, or from a race between what `build` returns (runs and twins), which is dropped after it."""
+@functools.cache
+def unusable(file: Path) -> set[tuple[str, str]]:
+    """(situation, option) that failed in this process."""
+    return set()
+
+
+def timings(situation: str, device: torch.device, build: Callable[[], Build], names: Iterable[str], needed: str) -> dict[str, float]:
+    """Microseconds by name: remembered, or from a race between what `build` makes, which is dropped after it. `needed`: the option that must work."""
     file = table_file()
-    table = memory(file)
+    table, failed = memory(file), unusable(file)
+    names = [name for name in names if (situation, name) not in failed]
     if not set(names) <= table.get(situation, {}).keys():
-        runs, twins = build()
+        runs, twins = working(situation, device, build(), names, needed)
         us = race(runs, device, twins=twins)
         table[situation] = table.get(situation, {}) | us
         log.info("measured %s: %s", situation, ", ".join(f"{name} {t:.0f} us" for name, t in us.items()))
         write(file, read(file) | {situation: table[situation]})
-    return table[situation]
+    return {name: us for name, us in table[situation].items() if (situation, name) not in failed}
+
+
+def working(situation: str, device: torch.device, build: Build, names: Iterable[str], needed: str) -> tuple[Runs, Runs]:
+    """Runs and twins of whatever can be made and called once."""
+    runs, twins = {}, {}
+    for name in names:
+        try:
+            run, twin = build(name)
+            for once in (run, twin):
+                once()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:  # of torch, triton, ptxas, a driver: an option that fails is no reason for a model to
+            if name == needed:
+                raise
+            unusable(table_file()).add((situation, name))
+            log.warning("%s: %s does not run here (%s: %s); other routes are taken", situation, name, type(error).__name__, str(error).partition("\n")[0])
+        else:
+            runs[name], twins[name] = run, twin
+    return runs, twins
 
 
 def write(file: Path, table: dict) -> None:

@@ -164,7 +164,7 @@ def test_inputs_are_not_rounded_where_that_is_slower(quick):
 
 def test_a_second_copy_has_to_be_worth_its_memory(quick, monkeypatch):
     format, us = make(64, 128, 8, 128), {1: {"cpu-int8": 11.0, "cpu-int-mm": 10.0}, 16: {"cpu-int8": 10.0}}
-    monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: {n: us[len(runs["cpu-int8"].args[0])].get(n, 100.0) for n in runs})
+    monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: {n: us[len(run.args[-3])].get(n, 100.0) for n, run in runs.items()})
 
     def names(**how):
         cache: dict = {}
@@ -191,9 +191,9 @@ def test_tables_that_ship_are_read_and_not_written_back(tmp_path, monkeypatch):
     (tmp_path / "tune").mkdir()
     (tmp_path / "tune" / "h200.json").write_text(json.dumps({"known": {"a": 1.0, "b": 2.0}}))
     monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: dict.fromkeys(runs, 3.0))
-    cpu, build = torch.device("cpu"), lambda: ({"a": None}, {"a": None})
-    assert tune.timings("known", cpu, build, ["a", "b"]) == {"a": 1.0, "b": 2.0} and not (tmp_path / "cache").exists()
-    assert tune.timings("new", cpu, build, ["a"]) == {"a": 3.0}
+    cpu, build = torch.device("cpu"), lambda: lambda name: (int, int)
+    assert tune.timings("known", cpu, build, ["a", "b"], "a") == {"a": 1.0, "b": 2.0} and not (tmp_path / "cache").exists()
+    assert tune.timings("new", cpu, build, ["a"], "a") == {"a": 3.0}
     assert json.loads((tmp_path / "cache" / "tune.json").read_text()) == {"new": {"a": 3.0}}
 
 

@@ -3,9 +3,6 @@ import hashlib
 import json
 import logging
 
-import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -14,6 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from compress.calibration.data import SPECS, load_calibration
 from compress.errors import CompressError
 
+datasets = pytest.importorskip("datasets")  # images with torch and a GPU often lack it, and `pytest -m gpu` reads this file too
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 TEXT = "\n\n".join(f"Paragraph {i} says: the square of {i} is {i * i}, naïve as it sounds." for i in range(200))
 CHAT = [{"messages": [{"role": "user", "content": f"What is {i} + {i}?"},
                       {"role": "assistant", "content": f"{2 * i}."}]} for i in range(40)]

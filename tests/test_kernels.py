@@ -5,6 +5,8 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ pytest.importorskip("triton")
 from compress.formats import Dense, IntGroup, Lut, Product, Scaled, Sum, Transformed
 from compress.kernels import bench, cpu_int, dispatch, reference, triton_int, tune
 from compress.kernels.dispatch import How
+from compress.kernels.gated import Gated
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -252,6 +255,56 @@ def test_measured_once_across_calls_modules_and_processes(races, cache_folder):
     assert len(races) == 2 and len(json.loads(file.read_text())) == 2
 
 
+@pytest.mark.parametrize("what", ["matmul", "prepare"])
+def test_a_kernel_that_fails_is_left_out_and_said(races, cache_folder, monkeypatch, caplog, what):
+    class OutOfResources(Exception):  # as triton's errors are: of no kind that torch raises
+        pass
+
+    def broken(*_):
+        raise OutOfResources("out of resource: shared memory\nmore")
+
+    races.us, format, x, cache = {"cpu-pack": 1.0}, make(**BIG), inputs(4, 512, BF16), {}
+    monkeypatch.setattr(cpu_int, what, broken)
+    with caplog.at_level(logging.WARNING):
+        y = dispatch.matmul(x, format, None, cache)
+    assert error(y, reference.matmul(x, format, dtype=torch.float64)) < 2**-7 and route_of(cache, 4) == "dense-streamed"
+    assert "cpu-pack does not run here (OutOfResources: out of resource: shared memory); other" in caplog.text
+    dispatch.matmul(x, format, None, {})  # it is not tried again
+    [row] = json.loads((cache_folder / "tune.json").read_text()).values()
+    assert list(races) == [{"dense-streamed"}] and row == {"dense-streamed": 100.0}
+    gated = Gated(format)
+    plain = dispatch.plain(gated, dispatch.AUTO)
+    kernel = dispatch.Route("kernel", plain.prepare, broken)
+    assert dispatch.measured(gated, x, [kernel, plain]).keys() == {"parts"} and dispatch.fastest([kernel, plain], {"parts": 1.0}) is plain
+    with pytest.raises(OutOfResources):
+        dispatch.measured(format, x, [dispatch.Route("dense-streamed", cpu_int.prepare, broken), dispatch.CACHED])
+
+
+def test_while_a_cuda_graph_is_captured_nothing_is_measured_or_kept(races, monkeypatch):
+    races.us = {"cpu-pack": 1.0}
+    format, x, cache = make(**BIG), inputs(4, 512, BF16), {}
+    with monkeypatch.context() as graph:
+        graph.setattr(torch.cuda, "is_initialized", lambda: True)
+        graph.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        y = dispatch.matmul(x, format, None, cache)
+        assert not races and not cache and error(y, reference.matmul(x, format, dtype=torch.float64)) < 2**-7
+    dispatch.matmul(x, format, None, cache)
+    assert route_of(cache, 4) == "cpu-pack"
+
+
+def test_a_prompt_has_a_bucket_of_its_own_on_cuda():
+    assert [dispatch.bucket(m) for m in (1, 5, 256, 257, 5000)] == [1, 16, 256, 256, 256]
+    assert [dispatch.bucket(m, True) for m in (256, 257, 2048, 5000)] == [256, 2048, 2048, 2048]
+
+
+def test_measurements_do_not_outlive_kernels(races, cache_folder, monkeypatch):
+    dispatch.matmul(inputs(4, 512, BF16), make(**BIG))
+    assert dispatch.edition("cpu") in next(iter(json.loads((cache_folder / "tune.json").read_text()))) and "layout" in dispatch.edition("cuda")
+    monkeypatch.setattr(dispatch, "edition", lambda device: "native 01234567")
+    dispatch.matmul(inputs(4, 512, BF16), make(**BIG))
+    assert len(races) == 2
+
+
 def test_another_process_is_not_overwritten(races, cache_folder):
     format, file = make(**BIG), cache_folder / "tune.json"
     dispatch.matmul(inputs(1, 512, BF16), format)
@@ -410,7 +463,7 @@ def test_a_real_measurement_leaves_the_random_numbers_alone(cache_folder, monkey
 
 def test_bench_reports_every_path(monkeypatch, capsys, cache_folder):
     monkeypatch.setattr(tune, "race", lambda runs, device, seconds=0.2, twins=None: {name: 2.0 for name in runs})
-    monkeypatch.setattr(bench, "ceilings", lambda device: {"read GB/s": 10.0})
+    monkeypatch.setattr(bench, "ceilings", lambda device, notes: {"read GB/s": 10.0})
     monkeypatch.setattr(bench, "SHAPES", {"cpu": [(32, 256)]})
     monkeypatch.setattr(bench, "ROWS", {"cpu": (1, 5)})
     monkeypatch.setattr(bench, "CPU", tuple(bench.FORMATS))
@@ -433,6 +486,42 @@ def test_bench_reports_every_path(monkeypatch, capsys, cache_folder):
     file.write_text(json.dumps(result | {"machine": "another"}))
     with pytest.raises(SystemExit, match="figures of another"):
         bench.main()
+
+
+def test_what_fails_in_a_bench_is_a_note(monkeypatch):
+    class PTXASError(Exception):  # as triton's
+        pass
+
+    def broken(x):
+        raise PTXASError("ptxas died\nat length")
+
+    path = lambda name, run, exact=None: bench.Line(name, [run, run], 8, lambda x: "", exact)
+    monkeypatch.setattr(tune, "race", lambda runs, device, twins=None: dict.fromkeys(runs, 2.0))
+    notes, x = [], inputs(3, 8, BF16)
+    rows = bench._records([path(bench.DENSE, lambda x: x), path("kernel", broken), path("inexact", lambda x: x, broken)], (8, 8), x, notes)
+    assert [r["path"] for r in rows] == [bench.DENSE, "inexact"] and rows[1]["error"] is None
+    assert notes == ["kernel, 3 rows of 8: ptxas died", "inexact, error at 3 rows of 8: ptxas died"]
+    assert not bench._records([path(bench.DENSE, broken), path("kernel", lambda x: x)], (8, 8), x, notes)  # nothing to compare with
+    monkeypatch.setitem(bench.FORMATS, "W8A8", (broken, None))
+    bench.build("cpu", (32, 256), "W8A8")  # nor does what cannot be made end a process
+
+
+def test_no_more_is_compiled_at_a_time_than_the_device_holds():
+    running, most = [], []
+
+    class Pool:
+        def submit(self, function, *args):
+            future = Future()
+            running.append(future)
+            most.append(len([f for f in running if not f.done()]))
+            threading.Timer(0.01, future.set_result, [None]).start()
+            return future
+
+    for free, room in ((bench.MAKING * 64 * 64 * 3, 3), (0, 1)):
+        running.clear()
+        most.clear()
+        bench.build_all(Pool(), "cpu", (64, 64), free)
+        assert max(most) == room and len(running) == len(bench.FORMATS)
 
 
 def test_bench_builds_every_kernel_beforehand(monkeypatch):
@@ -467,7 +556,7 @@ def test_gpu_dispatch_in_a_cuda_graph(cache_folder):
     with torch.cuda.graph(graph):
         y = dispatch.matmul(x, format, None, cache)
     graph.replay()
-    assert torch.equal(y, eager) and {"dense-cached", "triton-int", "triton-fragment"} == set(*json.loads((cache_folder / "tune.json").read_text()).values())
+    assert torch.equal(y, eager) and {"dense-streamed", "triton-int", "triton-fragment"} == set(*json.loads((cache_folder / "tune.json").read_text()).values())
 
 
 @pytest.mark.gpu
@@ -475,4 +564,20 @@ def test_gpu_dispatch_in_a_cuda_graph(cache_folder):
 def test_gpu_bench(monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", {"cuda": [(1024, 1024)]})
     monkeypatch.setattr(bench, "ROWS", {"cuda": (1, 64)})
+    monkeypatch.setattr(bench, "FORMATS", {name: bench.FORMATS[name] for name in ("int4 g128", "W8A8")})
     assert not bench.bench("cuda", [], rows := []) and all(row["us"] > 0 and (row["error"] or 0) < 0.01 for row in rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+@pytest.mark.parametrize("name", bench.FORMATS)
+def test_gpu_every_format_through_the_door(name, cache_folder, caplog):
+    """Every kernel that says it can is raced, and none is dropped."""
+    make, grid = bench.FORMATS[name]
+    format, how = make((1024, 1024), torch.Generator("cuda").manual_seed(0)), How(activations=grid)
+    for m in (1, 40, 300):
+        x, cache = inputs(m, 1024, BF16, device="cuda"), {}
+        with caplog.at_level(logging.WARNING):
+            y, exact = dispatch.matmul(x, format, None, cache, how), bench._exact(format, grid, x)
+        assert "does not run here" not in caplog.text and torch.equal(y, dispatch.matmul(x, format, None, cache, how))
+        assert min(((y.double() - z).norm() / z.norm()).item() for z in exact) < 0.01, m

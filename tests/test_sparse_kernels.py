@@ -57,6 +57,13 @@ def test_sparse24(values, monkeypatch):
         assert torch.equal(y, triton_sparse24.matmul(x, prepared, bias)) and not tiles.workspace(x)[1].any()
 
 
+def test_ops():
+    """Fake outputs have the real ones' shapes, nothing is written to but the result."""
+    for kept in (Dense(gaussian(33, 128, dtype=BF16)), integers(33, 128, 128, True)):
+        p = triton_sparse24.prepare(Sparse24.pack(mask(33, 256), kept, 2, 4), BF16)
+        torch.library.opcheck(triton_sparse24.op, (gaussian(3, 256, dtype=BF16), p.words, p.scales, p.zeros, gaussian(33, dtype=BF16), *p.shape))
+
+
 def test_half_the_bytes():
     for kept, bits in ((Dense(gaussian(64, 256, dtype=BF16)), 9), (integers(64, 256, 128), 3)):
         assert triton_sparse24.prepare(Sparse24.pack(mask(64, 512), kept, 2, 4), BF16).words.nbytes * 8 == bits * 64 * 512
@@ -73,7 +80,8 @@ def test_why_not():
         assert reason in cusparselt.supports(f, x)
 
 
-def test_masks_without_a_pattern_run_dense():
+def test_masks_without_a_pattern_run_dense(monkeypatch):
+    monkeypatch.delitem(dispatch.KERNELS["cpu"], "cpu-native")  # which not every processor has, and no GPU
     keep = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) < 0.5
     format = Masked.pack(keep.to(DEVICE), Dense(gaussian(1, int(keep.sum()))))
     assert [route.name for route in dispatch.routes(format, gaussian(4, 512, dtype=BF16))] == ["dense-cached"]
