@@ -323,7 +323,7 @@ def _write(source: Checkpoint, student: Student, formats: dict[str, Format], sol
     head = f"{student.learned_head}.weight"
     new = {head: formats[student.learned_head].weight} if formats and student.learned_head else {}  # type: ignore[attr-defined]
     if manifest is None:
-        source.edits |= {name: lambda t, W=W: W for name, W in new.items()}  # type: ignore[misc]
+        source.edits |= {name: partial(lambda W, t: W, W) for name, W in new.items()}
         copy_outer(source, writer, headers)
     else:
         outer: dict[str, dict[str, Tensor]] = {}

@@ -209,7 +209,7 @@ def healing(options: Heal, source: Checkpoint, shapes: list[tuple[int, int]]) ->
     in, what learns in fp32 with gradients, Adam's moments and the best state, and what a micro-batch leaves for the way back; or both streams of a refit."""
     vocabulary, width = source.model.get_input_embeddings().weight.shape
     dense, adapters = sum(m * n for m, n in shapes), sum(options.rank * (m + n) for m, n in shapes)
-    learning = {"weights": dense, "lora": adapters, "scales": dense // 64}[options.train]
+    learning = {"weights": dense, "lora": adapters, "scales": dense // 64}[options.train] + options.head * vocabulary * width
     passes = 6.0 * options.steps * options.batch + 2.0 * options.samples * (1 + options.held_out * options.steps / options.every)
     passes += 12.0 * options.samples * options.refit  # a block goes three times through either model, and moments of what it reads are added up
     kept = sum(m + n for m, n in shapes) * source.dtype.itemsize // (source.num_blocks if options.checkpointing else 1)
