@@ -5,7 +5,8 @@
 h is what the head reads. A KL tells how wrong a token's prediction is in the few directions that it depends on; the state tells it in all of them, without
 the noise of which token came: with it 60 steps win back half as much again on a model that lost a fifth of its neurons.
 
-Calibration solves each layer once for a few windows; here the layers answer to each other, over as many tokens as one likes. What an adapter becomes at
+Calibration solves each layer once for a few windows; here the layers answer to each other, over as many tokens as one likes. With `refit` the writers to the
+residual stream of a plain model are first solved again on all of these, in closed form, which training then begins from. What an adapter becomes at
 the end depends on the format (healing/adapters.py): merged where it costs nothing, kept as a low-rank term over integers. The original is read
 once, block by block (healing/teacher.py), so only the compressed model, the adapters and Adam's two moments of them are in memory while training.
 
