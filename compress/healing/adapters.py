@@ -191,8 +191,9 @@ def learner(stored: Format, options: Heal, *, dtype: torch.dtype, kept_as: torch
             original: Tensor | None = None) -> nn.Module:  # fmt: skip
     """The module that stands for `stored` while it learns: called with x [..., in] it gives x·Ŵᵀ, and its `weight()` what has been learned.
 
-    known: what stands for parts seen before, by their tensors: linears that share a factor share what it learns. original: the weight it was made of.
-    dtype: of x; kept_as: of a low-rank term that stays one. Without a learnable part (`train: scales`) it is a Frozen.
+    known: what stands for parts seen before, by their tensors: linears that share a factor share what it learns. original: the weight it was made of;
+    without it codes start in the middle of their cells. dtype: of x; kept_as: of a low-rank term that stays one. Without a part that learns
+    (`train: scales`) it is a Frozen.
     """
     device = next(iter(stored.tensors().values())).device
     frozen = lambda f: Frozen(f, None if options.bounded else dtype)
@@ -202,7 +203,7 @@ def learner(stored: Format, options: Heal, *, dtype: torch.dtype, kept_as: torch
         return Merged(frozen(f), change(f)) if _dense(f) else None
 
     def whole(f: Format) -> nn.Module | None:
-        return Whole(f) if _dense(f) else _integers(f, original if f is stored else None)
+        return Whole(f) if _dense(f) else _integers(f, f.dequantize() if f is not stored or original is None else original)
 
     def once(leaf: Leaf) -> Leaf:
         def taken(f: Format) -> nn.Module | None:
@@ -244,6 +245,11 @@ def _parts(f: Format) -> tuple[Format, ...]:
 
 def _dense(f: Format) -> bool:
     return isinstance(f.values if isinstance(f, Masked | Sparse24) else f, Dense)
+
+
+def integral(f: Format) -> bool:
+    """Does it hold integer groups, itself or on a mask or in a part?"""
+    return isinstance(f.values if isinstance(f, Masked | Sparse24) else f, IntGroup) or any(map(integral, _parts(f)))
 
 
 def _integers(f: Format, original: Tensor | None = None) -> nn.Module | None:

@@ -24,9 +24,9 @@ from ..stream import StandIn
 from ..trained import place, vectors
 from ..verification import ArtifactCheckpoint
 from ..walk import block_tensors
-from .adapters import Whole, learner
+from .adapters import Whole, integral, learner
 from .options import Heal
-from .teacher import parts
+from .teacher import descent, parts
 
 
 def shard_of(source: Checkpoint, i: int, solved: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, LayerRecord], dict[str, Format]]:
@@ -68,8 +68,8 @@ class Student:
     """hear: linears of the last block whose outputs are wanted, by their paths in it, or parts of these (teacher.py). Raises CompressError where one is not
     there.
 
-    teacher: the original, of which weights are read where codes learn (`train: weights`) and both have as many blocks. solved: tensors of a plain source
-    that are others from the start."""
+    teacher: the original, of which weights are read where codes learn (`train: weights`), each from the block that it was made of. solved: tensors of a
+    plain source that are others from the start."""
 
     def __init__(self, options: Heal, source: Checkpoint, device: str, seed: int, hear: list[str], teacher: Checkpoint | None = None,
                  solved: dict[str, Tensor] | None = None):  # fmt: skip
@@ -94,10 +94,12 @@ class Student:
         known: dict[tuple, nn.Module] = {}
         self.learners: dict[str, nn.Module] = {}
         block_of = lambda path: int(path.removeprefix(source.blocks_path + ".").partition(".")[0])
+        codes = options.train == "weights" and teacher is not None and any(map(integral, self.formats.values()))
+        made_of = descent(source, teacher, device) if codes else []  # type: ignore[arg-type]
         at, theirs, original = -1, None, None  # a block of the original
         for path, f in self.formats.items():
-            if options.train == "weights" and teacher is not None and teacher.num_blocks == source.num_blocks:
-                at, theirs = (at, theirs) if at == block_of(path) else (block_of(path), teacher.load_block(block_of(path), device))
+            if made_of:
+                at, theirs = (at, theirs) if at == block_of(path) else (block_of(path), teacher.load_block(made_of[block_of(path)], device))  # type: ignore[union-attr]
                 original = _like(f, theirs.get_submodule(path.removeprefix(source.block_name(at) + ".")))  # type: ignore[union-attr]
             f = build(f.meta(), {key: here.setdefault(id(t), t.to(device)) for key, t in f.tensors().items()})
             self.learners[path] = learner(f, options, dtype=source.dtype, kept_as=source.stored_dtype, generator=generator, known=known, original=original)

@@ -127,9 +127,9 @@ def descent(student: Checkpoint, teacher: Checkpoint, device: str) -> list[int]:
     ours, theirs = ([{n: t.flatten()[:SIGNATURE].double() for n, t in c.load_block(i, device).state_dict().items()} for i in range(c.num_blocks)]
                     for c in (student, teacher))  # fmt: skip
     shapes = [{n: t.shape for n, t in c.model.get_submodule(c.block_name(0)).state_dict().items()} for c in (student, teacher)]
-    alike = [n for n in shapes[0] if shapes[0][n] == shapes[1].get(n)]
+    alike = [n for n in shapes[0] if shapes[0][n] == shapes[1].get(n) and all(n in block for block in ours)]  # norms, where linears are codes
     if depth > all_of or not alike:
-        raise CompressError(f"{student.name}: its {depth} blocks cannot be told to be any of the {all_of} of {teacher.name}; leave refit out")
+        raise CompressError(f"{student.name}: its {depth} blocks cannot be told to be any of the {all_of} of {teacher.name}; leave refit out, train no codes")
     cost = torch.tensor([[sum(float((a[n] - b[n]).norm() / b[n].norm().clamp(min=LEAST)) for n in alike) for b in theirs] for a in ours], dtype=torch.float64)
     return _increasing(cost, None)
 
